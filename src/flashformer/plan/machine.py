@@ -1,0 +1,20 @@
+"""What the plan runs on: the few numbers of a machine that decide a plan."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A CPU or a GPU as the planner sees it."""
+
+    kind: str  # reference | cpu | cuda
+    name: str
+    arch: str  # avx512vnni | avx512 | avx2 | neon | scalar | sm_90a ...
+    num_ctas: int  # threads of a CPU, streaming multiprocessors of a GPU
+    layout: str  # order of the codes in a block: rows (reference), panel (cpu), fragment (cuda)
+    page_tokens: int  # tokens of a KV page
+    kv_format: str  # f32 | f16 | bf16: how keys and values are stored
+    max_rows: int  # rows (tokens) of one step
+    shared_bytes: int = 0  # shared memory a CTA (cuda)
+    world: int = 1  # GPUs that share the model
+    rank: int = 0  # which of them this is
