@@ -1,0 +1,3 @@
+"""FlashFormer: whole-model kernels for low-batch LLM decoding."""
+
+__version__ = "0.1.0"
