@@ -3,11 +3,23 @@
 ModelSpec + Machine + PlanOptions -> `Plan`, frozen, printable, checked before it runs.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.machine import Machine
 from flashformer.quant.formats import FORMATS, TILE_ROWS, Format
+
+PLAN_VERSION = 1  # raise it when the same numbers mean something else
+IMAGE_VERSION = 1  # raise it when the same plan packs other bytes
+IMAGE_ALIGNMENT = 4096  # bytes: a matrix starts on a page
+VECTOR_ALIGNMENT = 64  # bytes: a vector starts on a cache line
+KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}  # of one stored key or value element
+VECTOR_PADDING = 128  # elements: zeros follow a vector up to the widest block of any format
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +36,8 @@ class PlanOptions:
 class Matrix:
     """One weight matrix in the image: ceil(rows / 16) tiles, one after the other."""
 
-    name: str  # qkv (rows of q, then k, then v) | o_proj | gate_up | down | lm_head | embed_tokens (only if untied)
+    # qkv (rows of q, then k, then v) | o_proj | gate_up | down | lm_head | embed_tokens (if untied)
+    name: str
     layer: int  # -1: lm_head, embed_tokens
     rows: int  # true rows; of gate_up: 2 x intermediate_size
     cols: int  # true columns
@@ -36,7 +49,7 @@ class Matrix:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of TILE_ROWS rows; a tile of gate_up holds 8 gate rows, then the 8 up rows of the same index."""
+        """Tiles of 16 rows; of gate_up: 8 gate rows, then the 8 up rows of the same index."""
         if self.name == "gate_up":
             return -(-(self.rows // 2) // (TILE_ROWS // 2))
         return -(-self.rows // TILE_ROWS)
@@ -61,10 +74,16 @@ class Matrix:
 class Vector:
     """One float32 vector in the image (norm weight, bias, RoPE frequencies)."""
 
-    name: str  # a role of model.weights, "qkv_bias", "gate_up_bias" (rows as the matrix stores them) or "inv_freq"
+    # a role of model.weights, inv_freq, or qkv_bias, gate_up_bias (rows as the matrix stores them)
+    name: str
     layer: int  # -1: the model; of inv_freq: the RoPE's index
-    length: int
+    length: int  # true elements; of a bias: 16 x the matrix's tiles, padding rows included
     offset: int  # bytes from the start of the image, a multiple of 64
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the image, the zeros that follow up to VECTOR_PADDING elements included."""
+        return -(-self.length // VECTOR_PADDING) * VECTOR_PADDING * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +107,7 @@ class Plan:
     matrices: tuple[Matrix, ...]  # in the order in which one token reads them
     vectors: tuple[Vector, ...]
     image_bytes: int
+    attention_factors: tuple[float, ...]  # of every RoPE: multiplies cos and sin
 
     def matrix(self, name: str, layer: int = -1) -> Matrix:
         """The matrix of a name and layer."""
@@ -96,3 +116,70 @@ class Plan:
     def vector(self, name: str, layer: int = -1) -> Vector:
         """The vector of a name and layer."""
         return next(v for v in self.vectors if v.name == name and v.layer == layer)
+
+    @property
+    def key(self) -> str:
+        """sha256 of everything that decides the image's bytes or the kernel's code."""
+        return _sha256({"plan_version": PLAN_VERSION, **self.to_json()})
+
+    @property
+    def image_key(self) -> str:
+        """sha256 of what decides the image's bytes, given the weights.
+
+        Machines, contexts and batches that pack the same bytes share an image.
+        """
+        frequencies = [r.frequencies(self.options.context)[0] for r in self.spec.ropes]
+        return _sha256(
+            {
+                "image_version": IMAGE_VERSION,
+                "layout": self.machine.layout,
+                "world": [self.machine.world, self.machine.rank],
+                "matrices": [
+                    (m.name, m.layer, m.rows, m.cols, m.format, m.offset) for m in self.matrices
+                ],
+                "vectors": [asdict(v) for v in self.vectors],
+                "frequencies": [np.asarray(f, dtype="<f4").tobytes().hex() for f in frequencies],
+                "image_bytes": self.image_bytes,
+            }
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one position, all layers."""
+        element = KV_BYTES[self.machine.kv_format]
+        return sum(2 * layer.kv_rows * element for layer in self.spec.layers)
+
+    def bytes_per_step(self, context: int, batch: int = 1) -> int:
+        """Bytes that one decode step must read: weights once, keys and values of every sequence.
+
+        `context` is the number of positions that a row attends to, itself included. Every matrix
+        counts with its scales and padding; an untied embedding with one row a sequence.
+        """
+        total = sum(v.nbytes for v in self.vectors)
+        for matrix in self.matrices:
+            gathered = matrix.name == "embed_tokens"
+            total += batch * matrix.tile_bytes // TILE_ROWS if gathered else matrix.nbytes
+        element = KV_BYTES[self.machine.kv_format]
+        for layer in self.spec.layers:
+            seen = min(context, layer.window) if layer.window else context
+            total += batch * seen * 2 * layer.kv_rows * element
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan as JSON types; `json.dumps` of it is the same for equal plans."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+
+def make_plan(spec: ModelSpec, machine: Machine, options: PlanOptions) -> Plan:
+    """Plan the whole model: stages, tiles of every CTA, offsets of every byte; checked.
+
+    Raises `UsageError` for options that make no sense for this model (a context beyond its
+    positions), `PlanError` for a plan that breaks an invariant of `plan/check.py`.
+    """
+    from flashformer.plan.planner import plan_model
+
+    return plan_model(spec, machine, options)
+
+
+def _sha256(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """How weights are stored: one row a format.
 
-A matrix [rows, cols] is cut into tiles of `TILE_ROWS` rows; a tile is a sequence of blocks along the
-columns, each `block_cols` wide: first the block's scales (one float16 a row, if the format has
+A matrix [rows, cols] is cut into tiles of `TILE_ROWS` rows; a tile is a sequence of blocks along
+the columns, each `block_cols` wide: first the block's scales (one float16 a row, if the format has
 groups), then the codes. Padding rows and columns are zero. After the last block come the row
 scales (one float32 a row), if the format has them. How the codes of a block are ordered is the
 machine's `layout`.

@@ -1,0 +1,1 @@
+"""Numbers into C++, and where images and compiled kernels are kept."""

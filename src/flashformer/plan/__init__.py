@@ -1,0 +1,1 @@
+"""Who does which tile when, and where every byte lies."""

@@ -1,0 +1,118 @@
+"""The order of the codes inside a block: one pair of functions a layout.
+
+codes [tiles, 16, cols] <-> bytes [tiles, blocks, code bytes of a block], for `Machine.layout`:
+
+rows      row 0's codes, then row 1's ...; int4: two codes a byte, the even column in the low half.
+panel     (CPU: a vector holds the 16 rows)
+          f32: [column][16 rows]; bf16, f16, int8: [column pair][16 rows][2 columns];
+          int4: for each 8 columns [16 rows][4 bytes]: byte j holds column j (low half) and j + 4.
+fragment  (CUDA: a warp's A operand of mma.m16n8k16, PTX ISA section 9.7.14)
+          16-bit formats: 32 lanes x 4 words; with g = lane // 4, t = lane % 4 a lane's words are
+          rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8 (two neighbouring columns each).
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flashformer.errors import PlanError
+from flashformer.quant.encode import CODE_DTYPES
+from flashformer.quant.formats import TILE_ROWS, Format
+
+Bytes = npt.NDArray[np.uint8]
+LAYOUTS = ("rows", "panel", "fragment")
+
+
+def check_layout(weight_format: Format, layout: str) -> None:
+    """Raise `PlanError` if `layout` does not exist or cannot hold `weight_format`."""
+    if layout not in LAYOUTS:
+        raise PlanError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    if layout == "fragment" and weight_format.bits != 16:
+        raise PlanError(
+            f"the fragment layout holds 16-bit formats only, not {weight_format.name}; "
+            "choose bf16 or f16"
+        )
+
+
+def arrange(codes: npt.NDArray[Any], weight_format: Format, layout: str, out: Bytes) -> None:
+    """Write `codes` [tiles, 16, padded columns] into `out` [tiles, blocks, block code bytes]."""
+    if weight_format.bits == 4:
+        _arrange_halves(codes, layout, out)
+        return
+    units = _as_units(codes, weight_format, layout)
+    target = out.view(units.dtype)
+    np.copyto(_as_logical(target, layout), _split(units, out.shape[1], layout))
+
+
+def restore(stored: Bytes, weight_format: Format, layout: str) -> npt.NDArray[Any]:
+    """The inverse of `arrange`: codes [tiles, 16, padded columns] from `stored`."""
+    tiles, blocks, _ = stored.shape
+    cols = blocks * weight_format.block_cols
+    codes = np.empty((tiles, TILE_ROWS, cols), dtype=CODE_DTYPES[weight_format.name])
+    if weight_format.bits == 4:
+        _restore_halves(stored, layout, codes)
+        return codes
+    units = _as_units(codes, weight_format, layout)
+    np.copyto(_split(units, blocks, layout), _as_logical(stored.view(units.dtype), layout))
+    return codes
+
+
+def _as_units(codes: npt.NDArray[Any], weight_format: Format, layout: str) -> npt.NDArray[Any]:
+    """Codes as the units that move together: one code, or a pair of columns."""
+    pair = layout != "rows" and weight_format.bits < 32
+    return codes.view(f"u{weight_format.bits // 8 * (2 if pair else 1)}")
+
+
+def _split(units: npt.NDArray[Any], blocks: int, layout: str) -> npt.NDArray[Any]:
+    """View [tiles, 16, units] with the axes of `_as_logical`."""
+    tiles, rows, total = units.shape
+    width = total // blocks
+    if layout == "fragment":
+        return units.reshape(tiles, 2, rows // 2, blocks, 2, width // 2)
+    return units.reshape(tiles, rows, blocks, width)
+
+
+def _as_logical(target: npt.NDArray[Any], layout: str) -> npt.NDArray[Any]:
+    """View stored units [tiles, blocks, units] in the axis order of `_split`."""
+    tiles, blocks, total = target.shape
+    width = total // TILE_ROWS
+    if layout == "rows":
+        return target.reshape(tiles, blocks, TILE_ROWS, width).transpose(0, 2, 1, 3)
+    if layout == "panel":
+        return target.reshape(tiles, blocks, width, TILE_ROWS).transpose(0, 3, 1, 2)
+    lanes = target.reshape(
+        tiles, blocks, TILE_ROWS // 2, width // 2, 2, 2
+    )  # g, t, column half, row half
+    return lanes.transpose(0, 5, 2, 1, 4, 3)
+
+
+def _halves(codes: npt.NDArray[Any], blocks: int, layout: str) -> tuple[Any, Any]:
+    """Views [tiles, 16, blocks, ...] of the codes that go into low and high halves of the bytes."""
+    tiles, rows, cols = codes.shape
+    if layout == "rows":
+        by_byte = codes.reshape(tiles, rows, blocks, cols // blocks // 2, 2)
+        return by_byte[..., 0], by_byte[..., 1]
+    by_eight = codes.reshape(tiles, rows, blocks, cols // blocks // 8, 2, 4)
+    return by_eight[..., 0, :], by_eight[..., 1, :]
+
+
+def _bytes_logical(stored: Bytes, layout: str) -> Bytes:
+    """View stored int4 bytes in the axis order of `_halves`."""
+    tiles, blocks, total = stored.shape
+    if layout == "rows":
+        return stored.reshape(tiles, blocks, TILE_ROWS, -1).transpose(0, 2, 1, 3)
+    eights = total // (TILE_ROWS * 4)
+    return stored.reshape(tiles, blocks, eights, TILE_ROWS, 4).transpose(0, 3, 1, 2, 4)
+
+
+def _arrange_halves(codes: npt.NDArray[Any], layout: str, out: Bytes) -> None:
+    low, high = _halves(codes, out.shape[1], layout)
+    np.copyto(_bytes_logical(out, layout), low | high << 4)
+
+
+def _restore_halves(stored: Bytes, layout: str, codes: npt.NDArray[Any]) -> None:
+    low, high = _halves(codes, stored.shape[1], layout)
+    packed = _bytes_logical(stored, layout)
+    low[...] = packed & 15
+    high[...] = packed >> 4
