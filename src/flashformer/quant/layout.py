@@ -4,8 +4,9 @@ codes [tiles, 16, cols] <-> bytes [tiles, blocks, code bytes of a block], for `M
 
 rows      row 0's codes, then row 1's ...; int4: two codes a byte, the even column in the low half.
 panel     (CPU: a vector holds the 16 rows)
-          f32: [column][16 rows]; bf16, f16, int8: [column pair][16 rows][2 columns];
-          int4: for each 8 columns [16 rows][4 bytes]: byte j holds column j (low half) and j + 4.
+          f32, f16: [column][16 rows]; bf16, int8: [column pair][16 rows][2 columns];
+          int4: for each 8 columns [16 rows][4 bytes]: the low halves hold columns 0, 4, 1, 5, the
+          high halves 2, 6, 3, 7, so that a mask leaves neighbours in a 32-bit word's two halves.
 fragment  (CUDA: a warp's A operand of mma.m16n8k16, PTX ISA section 9.7.14)
           16-bit formats: 32 lanes x 4 words; with g = lane // 4, t = lane % 4 a lane's words are
           rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8 (two neighbouring columns each).
@@ -60,7 +61,8 @@ def restore(stored: Bytes, weight_format: Format, layout: str) -> npt.NDArray[An
 
 def _as_units(codes: npt.NDArray[Any], weight_format: Format, layout: str) -> npt.NDArray[Any]:
     """Codes as the units that move together: one code, or a pair of columns."""
-    pair = layout != "rows" and weight_format.bits < 32
+    single = layout == "rows" or (layout == "panel" and weight_format.name == "f16")
+    pair = not single and weight_format.bits < 32
     return codes.view(f"u{weight_format.bits // 8 * (2 if pair else 1)}")
 
 
@@ -93,8 +95,8 @@ def _halves(codes: npt.NDArray[Any], blocks: int, layout: str) -> tuple[Any, Any
     if layout == "rows":
         by_byte = codes.reshape(tiles, rows, blocks, cols // blocks // 2, 2)
         return by_byte[..., 0], by_byte[..., 1]
-    by_eight = codes.reshape(tiles, rows, blocks, cols // blocks // 8, 2, 4)
-    return by_eight[..., 0, :], by_eight[..., 1, :]
+    by_eight = codes.reshape(tiles, rows, blocks, cols // blocks // 8, 2, 2, 2)
+    return by_eight[..., 0, :].swapaxes(-1, -2), by_eight[..., 1, :].swapaxes(-1, -2)
 
 
 def _bytes_logical(stored: Bytes, layout: str) -> Bytes:
@@ -103,7 +105,7 @@ def _bytes_logical(stored: Bytes, layout: str) -> Bytes:
     if layout == "rows":
         return stored.reshape(tiles, blocks, TILE_ROWS, -1).transpose(0, 2, 1, 3)
     eights = total // (TILE_ROWS * 4)
-    return stored.reshape(tiles, blocks, eights, TILE_ROWS, 4).transpose(0, 3, 1, 2, 4)
+    return stored.reshape(tiles, blocks, eights, TILE_ROWS, 2, 2).transpose(0, 3, 1, 2, 4, 5)
 
 
 def _arrange_halves(codes: npt.NDArray[Any], layout: str, out: Bytes) -> None:
