@@ -13,6 +13,14 @@ class UsageError(FlashFormerError):
     exit_code = 2
 
 
+class ParameterError(UsageError):
+    """One parameter of a request is wrong; `parameter` is its name, for front ends that report it."""
+
+    def __init__(self, parameter: str, sentence: str) -> None:
+        super().__init__(f"{parameter} {sentence}")
+        self.parameter = parameter
+
+
 class UnsupportedModelError(FlashFormerError):
     """The checkpoint or the machine needs a feature that FlashFormer does not have."""
 

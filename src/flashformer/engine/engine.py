@@ -1,0 +1,346 @@
+"""The engine: many requests, one step at a time; no threads, no input or output.
+
+`add` a prompt, call `step` until `has_work` is false, read the `Delta`s.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flashformer.backends.base import Backend, StepBatch, StepResult
+from flashformer.engine.kv_cache import KvCache
+from flashformer.engine.logprobs import position_logprobs
+from flashformer.engine.sampler import Draw, sample
+from flashformer.engine.sampling import SamplingParams, check_vocabulary
+from flashformer.engine.sequence import Delta, Logprobs, Request, Sequence
+from flashformer.engine.tokenizer import Tokenizer
+from flashformer.errors import ParameterError, UsageError
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The rows of one sequence in one step."""
+
+    sequence: Sequence
+    num_rows: int
+    first_logits: int  # the first of its rows whose logits are wanted; num_rows: none
+
+
+class Engine:
+    """Continuous batching over one backend.
+
+    A step holds the newest token of every running sequence and at most one chunk of one prompt, so
+    neighbours go on while a prompt is read. Sequences start in the order of arrival; one starts
+    when a slot is free and its worst case of KV pages can be reserved, so a running sequence never
+    waits. What a sequence's tokens are depends on its prompt, parameters and seed alone, never on
+    its neighbours.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer | None = None,
+        *,
+        eos_token_ids: Iterable[int] | None = None,
+        seed: int = 0,
+        prefix_reuse: bool = True,
+    ) -> None:
+        """`eos_token_ids`: None takes the model's own; `seed` is that of requests without one."""
+        plan = backend.plan
+        if plan.machine.max_rows < plan.options.max_batch:
+            raise UsageError(
+                f"a step of {plan.machine.max_rows} rows cannot hold {plan.options.max_batch} "
+                "sequences; choose a smaller max_batch."
+            )
+        self._backend = backend
+        self._spec = plan.spec
+        self._tokenizer = tokenizer
+        self._eos = frozenset(plan.spec.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._seed = seed
+        self._reuse = prefix_reuse
+        self._num_requests = 0
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in the order in which they started
+        self.context = plan.options.context
+        self.max_rows = plan.machine.max_rows
+        self.kv_cache = KvCache(
+            backend.num_pages, plan.machine.page_tokens, plan.options.max_batch, self.context
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence waits or runs."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot or for pages."""
+        return len(self._waiting)
+
+    def check(self, prompt_token_ids: Items[int], params: SamplingParams) -> tuple[int, ...]:
+        """The prompt as it will be used (an empty one becomes the bos token), or a `UsageError`."""
+        prompt = self.check_prompt(prompt_token_ids)
+        check_vocabulary(params, self._spec.vocab_size, self._eos)
+        if params.stop and self._tokenizer is None:
+            raise ParameterError(
+                "stop", "needs a tokenizer, and the checkpoint has none; use stop_token_ids"
+            )
+        room = self.context - len(prompt)
+        if room < 1:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, but the context holds {self.context} and "
+                "must keep room for at least one new token; shorten the prompt or load the model "
+                "with a larger context."
+            )
+        if params.min_tokens > room:
+            raise ParameterError(
+                "min_tokens",
+                f"asks for {params.min_tokens} tokens, but a prompt of {len(prompt)} tokens leaves "
+                f"room for {room} in the context of {self.context}",
+            )
+        most = len(prompt) + min(room, params.max_tokens or room) - 1
+        if self.kv_cache.pages_for(most) > self.kv_cache.num_pages:
+            raise UsageError(
+                f"{most} positions need {self.kv_cache.pages_for(most)} KV pages, but there are "
+                f"{self.kv_cache.num_pages}; shorten the prompt or lower max_tokens."
+            )
+        return prompt
+
+    def check_prompt(self, prompt_token_ids: Items[int]) -> tuple[int, ...]:
+        """Token ids as a tuple of ints inside the vocabulary, not empty."""
+        prompt = tuple(prompt_token_ids)
+        if not prompt:
+            if self._spec.bos_token_id is None:
+                raise UsageError(
+                    "the prompt is empty and the model has no beginning-of-sequence token to start "
+                    "from; give at least one token."
+                )
+            return (self._spec.bos_token_id,)
+        for place, token_id in enumerate(prompt):
+            if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+                raise UsageError(
+                    f"a prompt's token ids must be integers, but number {place} is a "
+                    f"{type(token_id).__name__}."
+                )
+            if not 0 <= token_id < self._spec.vocab_size:
+                raise UsageError(
+                    f"token id {token_id} at place {place} of the prompt is outside the model's "
+                    f"vocabulary of {self._spec.vocab_size}."
+                )
+        return tuple(int(token_id) for token_id in prompt)
+
+    def add(self, prompt_token_ids: Items[int], params: SamplingParams) -> Request:
+        """Queue a prompt, as n sequences that share its pages; `UsageError` if it can never run."""
+        prompt = self.check(prompt_token_ids, params)
+        number = self._num_requests
+        room = self.context - len(prompt)
+        eos_ids = frozenset() if params.ignore_eos else self._eos
+        request = Request(
+            number=number,
+            prompt_token_ids=prompt,
+            params=params,
+            seed=(self._seed + number) % 2**64 if params.seed is None else params.seed,
+            max_tokens=min(room, params.max_tokens or room),
+            stop_ids=eos_ids | frozenset(params.stop_token_ids),
+            eos_ids=eos_ids,
+        )
+        request.sequences = tuple(Sequence(request, i, self._tokenizer) for i in range(params.n))
+        self._num_requests += 1
+        self._waiting.extend(request.sequences)
+        return request
+
+    def cancel(self, request: Request) -> list[Delta]:
+        """End a request's sequences now, with finish_reason "abort".
+
+        Nothing of it appears in later steps.
+        Returns the last delta of each sequence that had not ended; an ended request gives none.
+        """
+        return [
+            self._end(sequence, "abort")
+            for sequence in request.sequences
+            if sequence.finish_reason is None
+        ]
+
+    def step(self) -> list[Delta]:
+        """Run the model once and return the news, in the order in which the sequences started.
+
+        If the backend raises, no token is lost: the next call repeats the same rows.
+        """
+        self._admit()
+        parts = self._parts()
+        if not parts:
+            return []
+        result = self._backend.step(self._batch(parts))
+        deltas: list[Delta] = []
+        place = 0
+        for part in parts:
+            num_logits = part.num_rows - part.first_logits
+            delta = self._advance(part, result, place, num_logits)
+            place += num_logits
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
+    def logits(self, token_ids: Items[int]) -> Float32:
+        """The logits of every position, [len, vocab_size], computed beside whatever is running."""
+        ids = self.check_prompt(token_ids)
+        if len(ids) > self.context:
+            raise UsageError(
+                f"{len(ids)} tokens are more than the context of {self.context}; shorten the text "
+                "or load the model with a larger context."
+            )
+        opened = self.kv_cache.open(ids, len(ids), reuse=False)
+        if opened is None:
+            raise UsageError(
+                f"all slots or KV pages are in use by {self.num_running} sequences; finish or "
+                "close one of them first."
+            )
+        slot, _ = opened
+        try:
+            rows = np.empty((len(ids), self._spec.vocab_size), np.float32)
+            for start in range(0, len(ids), self.max_rows):
+                chunk = np.arange(start, min(len(ids), start + self.max_rows))
+                self.kv_cache.extend(slot, int(chunk[-1]) + 1)
+                rows[chunk] = self._backend.step(
+                    StepBatch(
+                        token_ids=np.asarray(ids, np.int32)[chunk],
+                        positions=chunk.astype(np.int32),
+                        slots=np.full(len(chunk), slot, np.int32),
+                        page_table=self.kv_cache.page_table,
+                        logit_rows=np.arange(len(chunk), dtype=np.int32),
+                    )
+                ).logits
+        finally:
+            self.kv_cache.close(slot)
+        return rows
+
+    def _admit(self) -> None:
+        """Start the longest waiting sequence, unless a prompt is being read or there is no room."""
+        if not self._waiting or any(sequence.in_prompt for sequence in self._running):
+            return
+        sequence = self._waiting[0]
+        # Cached positions have no logits, and logprobs of the prompt need them.
+        reuse = self._reuse and not self._wants_prompt_logprobs(sequence)
+        opened = self.kv_cache.open(sequence.token_ids, sequence.max_positions, reuse=reuse)
+        if opened is not None:
+            sequence.start(*opened)
+            self._running.append(self._waiting.popleft())
+
+    def _parts(self) -> list[_Part]:
+        parts = []
+        room = self.max_rows - sum(not sequence.in_prompt for sequence in self._running)
+        for sequence in self._running:
+            if not sequence.in_prompt:
+                parts.append(_Part(sequence, 1, 0))
+                continue
+            pending = len(sequence.token_ids) - sequence.num_computed
+            num_rows = min(pending, room)
+            wants_all = self._wants_prompt_logprobs(sequence)
+            last = num_rows - 1 if num_rows == pending else num_rows
+            parts.append(_Part(sequence, num_rows, 0 if wants_all else last))
+        return parts
+
+    def _wants_prompt_logprobs(self, sequence: Sequence) -> bool:
+        return sequence.request.params.prompt_logprobs is not None and sequence.index == 0
+
+    def _batch(self, parts: list[_Part]) -> StepBatch:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        logit_rows: list[int] = []
+        for part in parts:
+            sequence, start = part.sequence, part.sequence.num_computed
+            self.kv_cache.extend(sequence.slot, start + part.num_rows)
+            row = len(token_ids)
+            logit_rows.extend(range(row + part.first_logits, row + part.num_rows))
+            token_ids.extend(sequence.token_ids[start : start + part.num_rows])
+            positions.extend(range(start, start + part.num_rows))
+            slots.extend([sequence.slot] * part.num_rows)
+        return StepBatch(
+            token_ids=np.asarray(token_ids, np.int32),
+            positions=np.asarray(positions, np.int32),
+            slots=np.asarray(slots, np.int32),
+            page_table=self.kv_cache.page_table,
+            logit_rows=np.asarray(logit_rows, np.int32),
+        )
+
+    def _advance(
+        self, part: _Part, result: StepResult, place: int, num_logits: int
+    ) -> Delta | None:
+        """Note what a step did for one sequence; whatever fails here ends this sequence alone."""
+        sequence = part.sequence
+        rows = slice(place, place + num_logits)
+        if (result.argmax[rows] < 0).any():
+            return self._fail(sequence, "the model gave a logit that is not a number")
+        in_prompt = sequence.in_prompt
+        first = sequence.num_computed
+        sequence.num_computed += part.num_rows
+        self.kv_cache.index(sequence.slot, sequence.token_ids, sequence.num_computed)
+        try:
+            if in_prompt and self._wants_prompt_logprobs(sequence):
+                self._note_prompt_logprobs(sequence, result.logits[rows], first)
+            if not num_logits or sequence.in_prompt:
+                return None
+            last = place + num_logits - 1
+            return self._choose(sequence, result.logits[last], int(result.argmax[last]))
+        except Exception as error:
+            return self._fail(sequence, f"{type(error).__name__}: {error}")
+
+    def _choose(self, sequence: Sequence, logits: Float32, argmax: int) -> Delta:
+        params = sequence.request.params
+        forbidden = sequence.forbidden
+        if params.greedy and not params.adjusting and not forbidden:
+            token_id = argmax if np.isfinite(logits[argmax]) else -1
+        else:
+            draw = Draw(sequence.request.seed, len(sequence.token_ids), sequence.index)
+            token_id = sample(logits, params, draw, sequence.counts, forbidden)
+        if token_id < 0:
+            return self._fail(sequence, "the model's largest logit is not finite")
+        logprobs: tuple[Logprobs, ...] = ()
+        if params.logprobs is not None:
+            logprobs = (position_logprobs(logits, token_id, params.logprobs, self._decode_one),)
+        delta = sequence.append(token_id, logprobs)
+        if delta.finish_reason is not None:
+            self._release(sequence)
+        return delta
+
+    def _note_prompt_logprobs(self, sequence: Sequence, logits: Float32, first: int) -> None:
+        """Row i of the chunk tells the likelihood of the token after position first + i."""
+        request = sequence.request
+        if first == 0:
+            request.prompt_logprobs.append(None)
+        for row, token_id in zip(logits, request.prompt_token_ids[first + 1 :], strict=False):
+            best = request.params.prompt_logprobs or 0
+            request.prompt_logprobs.append(position_logprobs(row, token_id, best, self._decode_one))
+
+    def _decode_one(self, token_id: int) -> str:
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _fail(self, sequence: Sequence, why: str) -> Delta:
+        sequence.request.error = why
+        return self._end(sequence, "error")
+
+    def _end(self, sequence: Sequence, reason: str) -> Delta:
+        if sequence.slot < 0:
+            self._waiting.remove(sequence)
+        else:
+            self._release(sequence, keep=reason != "error")
+        return sequence.end(reason)
+
+    def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
+        self.kv_cache.close(sequence.slot, keep=keep)
+        sequence.slot = -1
+        self._running.remove(sequence)
