@@ -1,0 +1,417 @@
+// Decode attention over paged keys and values, split over all CTAs.
+//
+// A unit is (row, kv head, chunk of pages); its pages come through the ring before the query exists. The chunk size
+// depends on the row's own length alone, so that a row's result does not depend on its neighbours. All query heads of
+// the kv head are the 16 rows of operand A; pages hold keys and values in operand B's fragment order. Each warp takes
+// 16 positions at a time with its own running maximum (online softmax, Milakov & Gimelshein 2018); the warps, then
+// the chunks, are merged in a fixed order, the chunks by the last CTA that finishes one of the (row, kv head).
+#pragma once
+#include "hidden.cuh"
+
+constexpr int head_dim_padded = padded(config::head_dim);
+constexpr int dim_blocks = head_dim_padded / 16;
+constexpr u32 page_bytes = config::page_tokens * head_dim_padded * 2;  // keys, or values, of one kv head
+constexpr int page_blocks = config::page_tokens / 16;
+constexpr int min_chunk_pages = 2;
+static_assert(config::group <= 16, "the query heads of a kv head are the 16 rows of one mma");
+static_assert(page_bytes <= config::slot_bytes, "a page of keys of one head must fit a slot");
+
+// Bytes of an element within a page of keys / of values.
+__device__ __forceinline__ u32 key_offset(int token, int dim) {
+  const int word = token % 16 / 8 * 2 + dim % 16 / 8;
+  return (token / 16 * dim_blocks + dim / 16) * 512 + (token % 8 * 4 + dim % 8 / 2) * 16 + word * 4 + dim % 2 * 2;
+}
+__device__ __forceinline__ u32 value_offset(int token, int dim) {
+  const int word = dim % 16 / 8 * 2 + token % 16 / 8;
+  return (token / 16 * dim_blocks + dim / 16) * 512 + (dim % 8 * 4 + token % 8 / 2) * 16 + word * 4 + token % 2 * 2;
+}
+
+// What a row sees of its past. `base`: positions stored before this step.
+struct RowPast {
+  int first;  // first visible position
+  int base;
+  int first_page;
+  int num_pages;
+  int chunk_pages;
+  int num_chunks;
+
+  __device__ RowPast(int position, int base_, int window) : base(base_) {
+    first = window > 0 ? max(0, position - window + 1) : 0;
+    first_page = first / config::page_tokens;
+    num_pages = base > first ? (base + config::page_tokens - 1) / config::page_tokens - first_page : 0;
+    const int even = (num_pages * config::num_kv_heads + config::num_ctas - 1) / config::num_ctas;
+    chunk_pages = max(min_chunk_pages, even);
+    num_chunks = max(1, (num_pages + chunk_pages - 1) / chunk_pages);
+  }
+};
+
+// Calls body(row, past, kv_head, chunk) for every unit of this CTA; producer and consumers walk the same list.
+template <class Body>
+__device__ __forceinline__ void for_each_unit(const Cta& cta, int step, int window, Body&& body) {
+  int first_unit = 0;
+  for (int row = 0; row < cta.args.num_rows; ++row) {
+    const RowPast past(cta.args.positions[row] + step, cta.args.bases[row] + step, window);
+    const int units = config::num_kv_heads * past.num_chunks;
+    int unit = cta.idx - first_unit % config::num_ctas;
+    if (unit < 0) unit += config::num_ctas;
+    for (; unit < units; unit += config::num_ctas) {
+      body(row, past, unit / past.num_chunks, unit % past.num_chunks);
+    }
+    first_unit += units;
+  }
+}
+
+__device__ __forceinline__ const u8* page_at(const Cta& cta, int layer, int page, int kv_head) {
+  return cta.args.kv + ((u64(layer) * cta.args.num_pages + page) * config::num_kv_heads + kv_head) * (2 * page_bytes);
+}
+
+__device__ void stream_past(RingWriter& ring, int layer, int step) {
+  Cta& cta = ring.cta;
+  for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
+    const int* table = cta.args.page_table + cta.args.slots[row] * cta.args.max_pages + past.first_page;
+    const int end = min(past.num_pages, (chunk + 1) * past.chunk_pages);
+    for (int page = chunk * past.chunk_pages; page < end; page += 32) {
+      const int entry = page + cta.lane < end ? table[page + cta.lane] : 0;
+      for (int i = 0; i < min(32, end - page); ++i) {
+        const u8* source = page_at(cta, layer, __shfl_sync(~0u, entry, i), kv_head);
+        ring.fill(source, page_bytes);
+        ring.fill(source + page_bytes, page_bytes);
+      }
+    }
+  });
+}
+
+struct AttentionScratch {
+  u8* query;    // [dim_blocks][512]: operand A
+  u8* keys;     // [dim_blocks][512]: the step's own keys (of the row's sequence), 16 positions from base on
+  u8* values;   // likewise
+  float* stats;   // [num_consumer_warps][16][2]: maximum, sum
+  float* output;  // [num_consumer_warps][group][64]
+
+  __device__ explicit AttentionScratch(u8* p)
+      : query(p), keys(p + dim_blocks * 512), values(p + 2 * dim_blocks * 512),
+        stats(reinterpret_cast<float*>(p + 3 * dim_blocks * 512)), output(stats + num_consumer_warps * 32) {}
+};
+
+// cos and sin of position * frequency; reduced to [-pi, pi] in two steps, exact to a few 1e-7 for positions < 2^20.
+__device__ __forceinline__ float2 rotation(float angle) {
+  const float turns = rintf(angle * 0.15915494309189535f);
+  float r = fmaf(-turns, 6.28125f, angle);
+  r = fmaf(-turns, 1.9353071795864769e-3f, r);
+  float s, c;
+  __sincosf(r, &s, &c);
+  return make_float2(c, s);
+}
+
+// One head of q or k of one row: RMSNorm (if the model has it), rotary embedding; one warp. store(dim, value).
+template <class Store>
+__device__ void load_head(Cta& cta, const float* source, const float* norm, int rope_idx, int position,
+                          Store&& store) {
+  constexpr int per_lane = (config::head_dim + 31) / 32;
+  float* head = &cta.shared.red[0][0][0] + cta.warp * (2 * max_rows * red_stride);  // idle during attention
+  float v[per_lane];
+  float square = 0;
+#pragma unroll
+  for (int j = 0; j < per_lane; ++j) {
+    const int dim = cta.lane + 32 * j;
+    v[j] = dim < config::head_dim ? ld_cg_f32(source + dim) : 0.f;
+    square += v[j] * v[j];
+  }
+  if constexpr (config::qk_norm) {
+    const float rstd = rsqrtf(warp_sum(square) / config::head_dim + config::rms_norm_eps);
+#pragma unroll
+    for (int j = 0; j < per_lane; ++j) {
+      const int dim = cta.lane + 32 * j;
+      if (dim < config::head_dim) v[j] *= rstd * norm[dim];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < per_lane; ++j) {
+    if (cta.lane + 32 * j < config::head_dim) head[cta.lane + 32 * j] = v[j];
+  }
+  __syncwarp();
+  constexpr int half = config::rotary_dim / 2;
+#pragma unroll
+  for (int j = 0; j < per_lane; ++j) {
+    const int dim = cta.lane + 32 * j;
+    if (dim >= config::head_dim) continue;
+    float value = v[j];
+    if (rope_idx >= 0 && dim < config::rotary_dim) {
+      const float2 cs = rotation(static_cast<float>(position) * vector_at(cta, rope_table[rope_idx].inv_freq)[dim % half]);
+      const float other = dim < half ? -head[dim + half] : head[dim - half];
+      value = (value * cs.x + other * cs.y) * rope_table[rope_idx].attention_factor;
+    }
+    store(dim, value);
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ u16 bf16_bits(float v) { return static_cast<u16>(cvt_bf16x2(v, 0.f)); }
+
+// Query heads of the unit into operand A, and the step's own keys and values into one block of 16 positions.
+__device__ void prepare_unit(Cta& cta, const AttentionScratch& scratch, const Exchange& exchange, int layer, int step,
+                             int row, int kv_head, bool with_own) {
+  const LayerTable& table = layer_table[layer];
+  const int base = cta.args.bases[row] + step;
+  const int num_own = with_own ? cta.args.positions[row] + step - base + 1 : 0;
+  for (int i = cta.thread; i < 2 * dim_blocks * 128; i += num_consumers) {  // keys and values: padding must be finite
+    reinterpret_cast<u32*>(scratch.keys)[i] = 0;
+  }
+  for (int i = cta.thread; i < dim_blocks * 128; i += num_consumers) reinterpret_cast<u32*>(scratch.query)[i] = 0;
+  cta.consumer_sync();
+  for (int task = cta.warp; task < config::group + 2 * num_own; task += num_consumer_warps) {
+    if (task < config::group) {
+      const int head = kv_head * config::group + task;
+      load_head(cta, exchange.qkv + u64(row) * config::qkv_rows + head * config::head_dim,
+                vector_at(cta, table.q_norm), table.rope_idx, cta.args.positions[row] + step, [&](int dim, float value) {
+                  const int word = dim % 16 / 8 * 2 + task / 8;
+                  const int at = dim / 16 * 512 + (task % 8 * 4 + dim % 8 / 2) * 16 + word * 4 + dim % 2 * 2;
+                  *reinterpret_cast<u16*>(scratch.query + at) =
+                      bf16_bits(value * (config::attention_scale * 1.4426950408889634f));
+                });
+      continue;
+    }
+    const int own = (task - config::group) / 2;  // positions of one sequence are consecutive rows, this row's the last
+    const float* qkv = exchange.qkv + u64(row - num_own + 1 + own) * config::qkv_rows;
+    if ((task - config::group) % 2 == 0) {
+      load_head(cta, qkv + config::q_rows + kv_head * config::head_dim, vector_at(cta, table.k_norm), table.rope_idx,
+                base + own, [&](int dim, float value) {
+                  *reinterpret_cast<u16*>(scratch.keys + key_offset(own, dim)) = bf16_bits(value);
+                });
+    } else {
+      const float* values = qkv + config::q_rows + config::num_kv_heads * config::head_dim + kv_head * config::head_dim;
+      for (int dim = cta.lane; dim < config::head_dim; dim += 32) {
+        *reinterpret_cast<u16*>(scratch.values + value_offset(own, dim)) = bf16_bits(ld_cg_f32(values + dim));
+      }
+    }
+  }
+  cta.consumer_sync();
+}
+
+// The row's own key and value into its page, for the steps to come.
+__device__ void append_past(Cta& cta, const AttentionScratch& scratch, int layer, int step, int row, int kv_head) {
+  const int position = cta.args.positions[row] + step;
+  const int own = position - (cta.args.bases[row] + step);
+  const int page = cta.args.page_table[cta.args.slots[row] * cta.args.max_pages + position / config::page_tokens];
+  u8* keys = const_cast<u8*>(page_at(cta, layer, page, kv_head));
+  u8* values = keys + page_bytes;
+  const int token = position % config::page_tokens;
+  for (int dim = cta.thread; dim < head_dim_padded; dim += num_consumers) {
+    *reinterpret_cast<u16*>(keys + key_offset(token, dim)) =
+        *reinterpret_cast<const u16*>(scratch.keys + key_offset(own, dim));
+    *reinterpret_cast<u16*>(values + value_offset(token, dim)) =
+        *reinterpret_cast<const u16*>(scratch.values + value_offset(own, dim));
+  }
+  fence_proxy_async();  // the pages are later read by bulk copies
+}
+
+// Operand A's rows 8 to 15 exist only for groups of more than 8 query heads.
+constexpr int halves = config::group > 8 ? 2 : 1;
+
+// D's registers 0, 1: row lane / 4; 2, 3: row lane / 4 + 8.
+__device__ __forceinline__ void mma_heads(float (&d)[2 * halves], const u32 (&a)[4], u32 b0, u32 b1) {
+  float full[4] = {d[0], d[1], 0, 0};
+  if constexpr (halves == 2) {
+    full[2] = d[2];
+    full[3] = d[3];
+  }
+  mma_bf16(full, a[0], halves == 2 ? a[1] : 0, a[2], halves == 2 ? a[3] : 0, b0, b1);
+#pragma unroll
+  for (int i = 0; i < 2 * halves; ++i) d[i] = full[i];
+}
+
+// A warp's running attention over blocks of 16 positions. Lane: query head lane / 4 (and + 8), positions by lane % 4.
+struct WarpAttention {
+  float maximum[halves];
+  float sum[halves];
+  float out[2 * dim_blocks][2 * halves] = {};
+
+  __device__ WarpAttention() {
+    for (int h = 0; h < halves; ++h) {
+      maximum[h] = -infinity;
+      sum[h] = 0;
+    }
+  }
+
+  // keys, values: one block each, [dim_blocks][512]; positions first.. of the block are visible while in [lo, hi).
+  __device__ __forceinline__ void block(const u8* query, const u8* keys, const u8* values, int lane, int first, int lo,
+                                        int hi) {
+    float score[2][2 * halves] = {};
+#pragma unroll
+    for (int d = 0; d < dim_blocks; ++d) {
+      const Vec16 a = *reinterpret_cast<const Vec16*>(query + d * 512 + lane * 16);
+      const Vec16 b = *reinterpret_cast<const Vec16*>(keys + d * 512 + lane * 16);
+      mma_heads(score[0], a.w, b.w[0], b.w[1]);
+      mma_heads(score[1], a.w, b.w[2], b.w[3]);
+    }
+    u32 p[4] = {};
+#pragma unroll
+    for (int h = 0; h < halves; ++h) {
+      float top = maximum[h];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int position = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
+        float& s = score[i / 2][2 * h + i % 2];
+        if (position < lo || position >= hi) s = -infinity;
+        top = fmaxf(top, s);
+      }
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float shift = top == -infinity ? 0.f : top;  // nothing visible yet: all weights are 2^-inf = 0
+      const float scale = ex2(maximum[h] - shift);
+      maximum[h] = top;
+      float added = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& s = score[i / 2][2 * h + i % 2];
+        s = ex2(s - shift);
+        added += s;
+      }
+      sum[h] = sum[h] * scale + added;
+      p[h] = cvt_bf16x2(score[0][2 * h], score[0][2 * h + 1]);
+      p[2 + h] = cvt_bf16x2(score[1][2 * h], score[1][2 * h + 1]);
+#pragma unroll
+      for (int n = 0; n < 2 * dim_blocks; ++n) {
+        out[n][2 * h] *= scale;
+        out[n][2 * h + 1] *= scale;
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < dim_blocks; ++d) {
+      const Vec16 b = *reinterpret_cast<const Vec16*>(values + d * 512 + lane * 16);
+      mma_heads(out[2 * d], p, b.w[0], b.w[1]);
+      mma_heads(out[2 * d + 1], p, b.w[2], b.w[3]);
+    }
+  }
+};
+
+// Merge the warps in order; write(head, dim, value, maximum, sum) gets the unnormalised sums of the unit.
+template <class Write>
+__device__ void merge_warps(Cta& cta, const AttentionScratch& scratch, WarpAttention& own, Write&& write) {
+#pragma unroll
+  for (int h = 0; h < halves; ++h) {
+    own.sum[h] += __shfl_xor_sync(~0u, own.sum[h], 1);
+    own.sum[h] += __shfl_xor_sync(~0u, own.sum[h], 2);
+    if (cta.lane % 4 == 0) {
+      scratch.stats[(cta.warp * 16 + cta.lane / 4 + 8 * h) * 2] = own.maximum[h];
+      scratch.stats[(cta.warp * 16 + cta.lane / 4 + 8 * h) * 2 + 1] = own.sum[h];
+    }
+  }
+  cta.consumer_sync();
+  float factor[halves];
+#pragma unroll
+  for (int h = 0; h < halves; ++h) {
+    float top = -infinity;
+    for (int w = 0; w < num_consumer_warps; ++w) {
+      top = fmaxf(top, scratch.stats[(w * 16 + cta.lane / 4 + 8 * h) * 2]);
+    }
+    factor[h] = own.maximum[h] == -infinity ? 0.f : ex2(own.maximum[h] - top);
+  }
+  constexpr int chunk_dims = 64;
+#pragma unroll
+  for (int chunk = 0; chunk < (head_dim_padded + chunk_dims - 1) / chunk_dims; ++chunk) {
+#pragma unroll
+    for (int n = 0; n < chunk_dims / 8; ++n) {
+      if (chunk * (chunk_dims / 8) + n >= 2 * dim_blocks) continue;
+#pragma unroll
+      for (int i = 0; i < 2 * halves; ++i) {
+        const int head = cta.lane / 4 + i / 2 * 8;
+        if (head < config::group) {
+          scratch.output[(cta.warp * config::group + head) * chunk_dims + n * 8 + cta.lane % 4 * 2 + i % 2] =
+              own.out[chunk * (chunk_dims / 8) + n][i] * factor[i / 2];
+        }
+      }
+    }
+    cta.consumer_sync();
+    for (int i = cta.thread; i < config::group * chunk_dims; i += num_consumers) {
+      const int head = i / chunk_dims;
+      const int dim = chunk * chunk_dims + i % chunk_dims;
+      if (dim >= config::head_dim) continue;
+      float top = -infinity, total = 0, value = 0;
+      for (int w = 0; w < num_consumer_warps; ++w) top = fmaxf(top, scratch.stats[(w * 16 + head) * 2]);
+      for (int w = 0; w < num_consumer_warps; ++w) {
+        const float m = scratch.stats[(w * 16 + head) * 2];
+        total += m == -infinity ? 0.f : ex2(m - top) * scratch.stats[(w * 16 + head) * 2 + 1];
+        value += scratch.output[w * config::group * chunk_dims + i];
+      }
+      write(head, dim, value, top, total);
+    }
+    cta.consumer_sync();
+  }
+}
+
+// The last CTA to finish a chunk of (row, kv head) adds all chunks in order.
+__device__ void merge_chunks(Cta& cta, const Exchange& exchange, int row, int kv_head, int num_chunks, u8* out) {
+  const u64 pair = u64(row) * config::num_kv_heads + kv_head;
+  cta.consumer_sync();
+  if (cta.thread == 0) {
+    const u32 before = atom_acq_rel_gpu_add(&exchange.arrivals[pair], 1);
+    cta.shared.flag = before == static_cast<u32>(num_chunks) - 1;
+    if (cta.shared.flag) exchange.arrivals[pair] = 0;  // the next use is behind a grid barrier
+  }
+  cta.consumer_sync();
+  if (!cta.shared.flag) return;
+  const u64 first = pair * config::max_chunks * config::group;
+  for (int i = cta.thread; i < config::group * config::head_dim; i += num_consumers) {
+    const int head = i / config::head_dim;
+    const int dim = i % config::head_dim;
+    float top = -infinity, total = 0, value = 0;
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      top = fmaxf(top, ld_cg_f32(exchange.partial_stats + (first + chunk * config::group + head) * 2));
+    }
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      const u64 at = first + chunk * config::group + head;
+      const float m = ld_cg_f32(exchange.partial_stats + at * 2);
+      const float factor = m == -infinity ? 0.f : ex2(m - top);
+      total += factor * ld_cg_f32(exchange.partial_stats + at * 2 + 1);
+      value += factor * ld_cg_f32(exchange.partial + at * head_dim_padded + dim);
+    }
+    store_x(out, (kv_head * config::group + head) * config::head_dim + dim, value / total);
+  }
+}
+
+__device__ void attention(Cta& cta, RingReader& ring, const Exchange& exchange, int layer, int step) {
+  const AttentionScratch scratch(cta.x);
+  for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
+    const bool with_own = chunk == past.num_chunks - 1;
+    prepare_unit(cta, scratch, exchange, layer, step, row, kv_head, with_own);
+    if (with_own) append_past(cta, scratch, layer, step, row, kv_head);
+    WarpAttention own;
+    const int end = min(past.num_pages, (chunk + 1) * past.chunk_pages);
+    for (int page = chunk * past.chunk_pages; page < end; ++page) {
+      RingReader values_ring = ring;
+      const u8* keys = ring.wait();
+      values_ring.next.advance(cta.args.num_slots);
+      const u8* values = values_ring.wait();
+      // Pages alternate between groups of page_blocks warps.
+      const int block = cta.warp - page % (num_consumer_warps / page_blocks) * page_blocks;
+      if (block >= 0 && block < page_blocks) {
+        const int first = (past.first_page + page) * config::page_tokens + block * 16;
+        own.block(scratch.query, keys + block * dim_blocks * 512, values + block * dim_blocks * 512, cta.lane, first,
+                  past.first, past.base);
+      }
+      ring.release();
+      ring.release();
+    }
+    if (with_own && cta.warp == 0) {
+      own.block(scratch.query, scratch.keys, scratch.values, cta.lane, past.base, past.first,
+                cta.args.positions[row] + step + 1);
+    }
+    u8* out = exchange.attention + row * x_row_bytes(padded(config::q_rows));
+    if (past.num_chunks == 1) {
+      merge_warps(cta, scratch, own, [&](int head, int dim, float value, float, float total) {
+        store_x(out, (kv_head * config::group + head) * config::head_dim + dim, value / total);
+      });
+    } else {
+      const u64 first = ((u64(row) * config::num_kv_heads + kv_head) * config::max_chunks + chunk) * config::group;
+      merge_warps(cta, scratch, own, [&](int head, int dim, float value, float top, float total) {
+        exchange.partial[(first + head) * head_dim_padded + dim] = value;
+        if (dim == 0) {
+          exchange.partial_stats[(first + head) * 2] = top;
+          exchange.partial_stats[(first + head) * 2 + 1] = total;
+        }
+      });
+      merge_chunks(cta, exchange, row, kv_head, past.num_chunks, out);
+    }
+  });
+}

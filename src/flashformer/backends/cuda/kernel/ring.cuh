@@ -1,0 +1,98 @@
+// The ring of slots in shared memory through which all weights, keys and values stream.
+//
+// One warp fills, eight warps read. `RingPosition` is a slot and the parity of its barriers; both sides walk the
+// same sequence of fills, which is never interrupted at a stage, layer or token. Two limits: a slot is refilled
+// only when all readers have released it, and at most config::in_flight fills are on their way at any time
+// (queues in the memory system make every hand-off slower: docs/kernel.md).
+#pragma once
+#include "cta.cuh"
+
+struct RingPosition {
+  int slot = 0;
+  u32 parity = 0;
+
+  __device__ __forceinline__ void advance(int num_slots) {
+    if (++slot == num_slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Used by the producer warp, all lanes together.
+struct RingWriter {
+  Cta& cta;
+  RingPosition next;    // to be filled
+  RingPosition landed;  // the oldest fill that may still be on its way
+  int in_flight = 0;
+
+  __device__ explicit RingWriter(Cta& c) : cta(c) { next.parity = 1; }
+
+  __device__ void fill(const u8* source, u32 bytes) {
+    Shared& shared = cta.shared;
+    if (in_flight == config::in_flight) {
+      cta.wait(&shared.full[landed.slot], landed.parity, WaitKind::slot_landed);
+      landed.advance(cta.args.num_slots);
+      --in_flight;
+    }
+    cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
+    u8* slot = cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
+    copy(slot, source, bytes, &shared.full[next.slot]);
+    next.advance(cta.args.num_slots);
+    ++in_flight;
+  }
+
+#if __CUDA_ARCH__ >= 900
+  __device__ void copy(u8* slot, const u8* source, u32 bytes, u64* full) {
+    if (cta.lane != 0 || is_aborted(cta.shared)) return;
+    mbarrier_arrive_expect_tx(full, bytes);
+    cp_async_bulk(slot, source, bytes, full);
+  }
+#else
+  __device__ void copy(u8* slot, const u8* source, u32 bytes, u64* full) {
+    if (is_aborted(cta.shared)) return;
+    for (u32 at = cta.lane * 16; at < bytes; at += 32 * 16) cp_async_16(slot + at, source + at);
+    cp_async_mbarrier_arrive_noinc(full);
+  }
+#endif
+
+  // Nothing may still be on its way into shared memory when the CTA ends.
+  __device__ void drain() {
+    for (; in_flight > 0; --in_flight) {
+      cta.wait(&cta.shared.full[landed.slot], landed.parity, WaitKind::drain);
+      landed.advance(cta.args.num_slots);
+    }
+  }
+};
+
+// Used by every consumer warp for itself.
+struct RingReader {
+  Cta& cta;
+  RingPosition next;
+
+  __device__ explicit RingReader(Cta& c) : cta(c) {}
+
+  __device__ __forceinline__ const u8* wait() {
+    cta.wait(&cta.shared.full[next.slot], next.parity, WaitKind::slot_full);
+    return cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
+  }
+
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    if (cta.lane == 0) mbarrier_arrive(&cta.shared.empty[next.slot]);
+    next.advance(cta.args.num_slots);
+  }
+};
+
+__device__ __forceinline__ void ring_init(Cta& cta) {
+  if (cta.thread == 0) {
+    for (int i = 0; i < cta.args.num_slots; ++i) {
+      mbarrier_init(&cta.shared.full[i], config::arch >= 90 ? 1 : 32);
+      mbarrier_init(&cta.shared.empty[i], num_consumer_warps);
+    }
+    mbarrier_init(&cta.shared.kv_ready, 1);
+    cta.shared.aborted = 0;
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+}
