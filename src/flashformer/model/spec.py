@@ -4,7 +4,7 @@ HF config dict -> `ModelSpec`, one record per layer.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,16 @@ class RopeSpec:
 
     rope_type: str  # default | linear | dynamic | llama3 | yarn | longrope
     rope_theta: float
-    rotary_dim: int  # the first rotary_dim channels of a head are rotated, halves paired (i, i + rotary_dim / 2)
+    rotary_dim: int  # the first channels of a head, rotated in pairs (i, i + rotary_dim / 2)
     max_position_embeddings: int
-    parameters: tuple[
-        tuple[str, Any], ...
-    ] = ()  # the family's own numbers (factor, low_freq_factor ...), sorted
+    # what else the type needs (factor, low_freq_factor ...): sorted pairs, lists as tuples
+    parameters: tuple[tuple[str, Any], ...] = ()
 
     def frequencies(self, context: int) -> tuple[npt.NDArray[np.float32], float]:
-        """Inverse frequencies [rotary_dim / 2] and the factor on cos and sin, for a context of `context` tokens."""
+        """Inverse frequencies [rotary_dim / 2] and the factor on cos and sin.
+
+        `context`: tokens that a sequence may hold; some types choose the table by it.
+        """
         from flashformer.model.rope import frequencies
 
         return frequencies(self, context)
@@ -81,9 +83,15 @@ class ModelSpec:
         """Decoder layers."""
         return len(self.layers)
 
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        """Read HF's config.json; refuse with `UnsupportedModelError` what is not implemented."""
+    @staticmethod
+    def from_hf(
+        config: dict[str, Any], generation_config: dict[str, Any] | None = None
+    ) -> "ModelSpec":
+        """Read config.json; the end-of-text ids come from generation_config.json if it has some.
+
+        Refuses with `UnsupportedModelError` what is not implemented, with `CheckpointError` what
+        makes no sense.
+        """
         from flashformer.model.families import spec_from_hf
 
-        return spec_from_hf(config)  # type: ignore[return-value]
+        return spec_from_hf(config, generation_config)

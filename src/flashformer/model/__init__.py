@@ -1,0 +1,1 @@
+"""What is computed: the checkpoint's files, the description of the model, its weights by role."""
