@@ -25,8 +25,13 @@ def philox4x32(counter: tuple[npt.ArrayLike, ...], key: int) -> tuple[UInt64, ..
     k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = (product1 >> _SHIFT) ^ (c1 ^ np.uint64(k0))
-        c2 = (product0 >> _SHIFT) ^ (c3 ^ np.uint64(k1))
-        c1, c3 = product1 & _LOW, product0 & _LOW
+        high0, high1 = product0 >> _SHIFT, product1 >> _SHIFT
+        high1 ^= c1
+        high1 ^= np.uint64(k0)
+        high0 ^= c3
+        high0 ^= np.uint64(k1)
+        product0 &= _LOW
+        product1 &= _LOW
+        c0, c1, c2, c3 = high1, product1, high0, product0
         k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
     return c0, c1, c2, c3

@@ -18,6 +18,8 @@ Float32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
 _BUCKETS = 2048
+_CHUNK = 8192  # Philox blocks at once: its arrays stay in the second-level cache
+_NEAR = np.float32(-8.0)
 _DEEPEST = -32.0  # scaled logits below this share the last bucket
 # A uniform is (x + 1/2) / 2^32, so -log(-log1p(-u)) lies in (-3.14, 22.88): a token this far below
 # the largest scaled logit cannot win against it.
@@ -117,7 +119,7 @@ def candidates(scaled: Float32, params: SamplingParams) -> Ids:
 
     top_k keeps the first k of the order; top_p keeps the shortest head of the order whose
     probability, among what top_k kept, reaches top_p; min_p keeps tokens at least min_p as likely
-    as the likeliest.
+    as the likeliest. Tokens too far below the maximum to win any draw are left out as well.
     """
     kept: Ids | None = None  # None: all
     if 0 < params.top_k < len(scaled):
@@ -141,31 +143,39 @@ def gumbel_argmax(scaled: Float32, token_ids: Ids, draw: Draw) -> int:
     token's score stands alone, so a device may compute them in any order. Ties fall to the lowest
     id.
     """
-    uniforms = _uniforms(token_ids, draw)
+    words = _words(token_ids, draw)
     weights = np.exp(scaled)
     # u < -log1p(-u), so a token whose u / weight exceeds another's -log1p(-u) / weight has lost to
     # it; float32 is enough for this test, its rounding is covered by the margin.
-    ratios = uniforms.astype(np.float32) / weights
+    ratios = (words.astype(np.float32) + np.float32(0.5)) / weights
     first = int(np.argmin(ratios))
-    bound = -np.log1p(-uniforms[first]) / np.float64(weights[first])
-    close = np.flatnonzero(ratios <= np.float32(bound * (1 + 1e-4)))
-    scores = scaled[close].astype(np.float64) - np.log(-np.log1p(-uniforms[close]))
+    bound = _exponential(words[first]) / np.float64(weights[first])
+    close = np.flatnonzero(ratios <= np.float32(bound * 2.0**32 * (1 + 1e-4)))
+    scores = scaled[close].astype(np.float64) - np.log(_exponential(words[close]))
     return int(close[np.argmax(scores)])
 
 
-def _uniforms(token_ids: Ids, draw: Draw) -> npt.NDArray[np.float64]:
-    """One number in (0, 1) for each of the ascending token ids."""
+def _exponential(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+    """A draw from the exponential distribution for each 32-bit word, in float64."""
+    return np.asarray(-np.log1p((words.astype(np.float64) + 0.5) * -(2.0**-32)))
+
+
+def _words(token_ids: Ids, draw: Draw) -> npt.NDArray[np.uint32]:
+    """The random word of each of the ascending token ids."""
     blocks = token_ids >> 2
     start = int(blocks[0])
     dense = int(blocks[-1]) - start < len(blocks)  # cheaper to compute every block once
     if dense:
         blocks = np.arange(start, int(blocks[-1]) + 1)
-    words = np.stack(philox4x32((blocks, draw.position, draw.index, 0), draw.seed), axis=-1)
+    words = np.empty((len(blocks), 4), np.uint32)
+    for first in range(0, len(blocks), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        counter = (blocks[part], draw.position, draw.index, 0)
+        for column, word in enumerate(philox4x32(counter, draw.seed)):
+            words[part, column] = word
     if dense:
-        chosen = words.reshape(-1)[token_ids - 4 * start]
-    else:
-        chosen = words[np.arange(len(blocks)), token_ids & 3]
-    return np.asarray((chosen + 0.5) * 2.0**-32, np.float64)
+        return words.reshape(-1)[token_ids - 4 * start]
+    return words[np.arange(len(blocks)), token_ids & 3]
 
 
 def _head(scaled: Float32, weights: Float32 | None, limit: float) -> Ids:
@@ -174,6 +184,12 @@ def _head(scaled: Float32, weights: Float32 | None, limit: float) -> Ids:
     They are ascending. A histogram finds the bucket in which the head ends; only that bucket is
     sorted.
     """
+    near = np.flatnonzero(scaled >= _NEAR)
+    if len(near) <= len(scaled) // 2:  # a short list, if the head is sure to end inside it
+        inner = None if weights is None else weights[near]
+        reach = len(near) if inner is None else float(np.sum(inner, dtype=np.float64))
+        if reach >= limit:
+            return near[_head(scaled[near], inner, limit)]
     depth = min(-float(scaled.min()), -_DEEPEST)  # masked tokens fall into the last bucket
     scale = np.float32((_BUCKETS - 1) / depth if depth > 1e-6 else 0.0)
     bucket = np.minimum(scaled * -scale, np.float32(_BUCKETS - 1)).astype(np.intp)
@@ -182,8 +198,8 @@ def _head(scaled: Float32, weights: Float32 | None, limit: float) -> Ids:
     last = min(last, _BUCKETS - 1)  # rounding may leave the limit above the sum of everything
     inside = np.flatnonzero(bucket == last)
     inside = inside[np.argsort(-scaled[inside], kind="stable")]
-    inner = np.ones(len(inside)) if weights is None else weights[inside].astype(np.float64)
-    before = np.cumsum(inner) - inner + (sums[last - 1] if last else 0)
+    own = np.ones(len(inside)) if weights is None else weights[inside].astype(np.float64)
+    before = np.cumsum(own) - own + (sums[last - 1] if last else 0)
     kept = bucket < last
     kept[inside[before < limit]] = True
     return np.flatnonzero(kept)
