@@ -1,0 +1,5 @@
+"""`python -m flashformer`: the same as the `flashformer` script."""
+
+from flashformer.serve.cli import main
+
+main()
