@@ -71,8 +71,8 @@ def allocate_image(nbytes: int) -> Image:
         memory = mmap.mmap(-1, max(nbytes, 1) + HUGE_PAGE_BYTES)
     except OSError as error:
         raise OutOfMemoryError(
-            f"there is no room for the packed weights of {nbytes / 2**30:.2f} GiB: "
-            f"{error.strerror}; choose a smaller format with --quant"
+            f"There is no room for the packed weights of {nbytes / 2**30:.2f} GiB: "
+            f"{error.strerror}; choose a smaller format with --quant."
         ) from error
     with contextlib.suppress(AttributeError, OSError):  # neither macOS nor every kernel has it
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -128,7 +128,7 @@ def compiled(kind: str, key_parts: Sequence[str | bytes], build: Callable[[Path]
                 return path
             with contextlib.suppress(OSError):  # a full disk: try once more in the temporary folder
                 return _build(path, build)
-        _warn(f"the kernel cache {path.parent} cannot be used; the kernel is compiled every time")
+        _warn(f"The kernel cache {path.parent} cannot be used; the kernel is compiled every time")
     folder = Path(tempfile.mkdtemp(prefix="flashformer-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     build(folder)
@@ -170,11 +170,11 @@ def _read(path: Path, image: Image, meta: dict[str, str], progress: Progress | N
         if read_image(path, image, meta, progress):
             _touch(path)
             return True
-        _warn(f"the cached image {path} is damaged; the weights are packed again")
+        _warn(f"The cached image {path} is damaged; the weights are packed again")
     except FileNotFoundError:
         pass
     except OSError as error:
-        _warn(f"the cached image {path} cannot be read ({error.strerror}); packing again")
+        _warn(f"The cached image {path} cannot be read ({error.strerror}); packing again")
     return False
 
 
@@ -185,13 +185,13 @@ def _store(path: Path, image: Image, meta: dict[str, str], progress: Progress | 
         free = shutil.disk_usage(path.parent).free
         if free < image.nbytes + SPARE_BYTES:
             need = f"{image.nbytes / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB free"
-            _warn(f"the packed weights are not cached in {path.parent}: {need} on the disk")
+            _warn(f"The packed weights are not cached in {path.parent}: {need} on the disk")
             return
         write_image(unfinished, image, meta, progress)
         unfinished.replace(path)
         _flush(path.parent)
     except OSError as error:
-        _warn(f"the packed weights are not cached in {path.parent}: {error.strerror}")
+        _warn(f"The packed weights are not cached in {path.parent}: {error.strerror}")
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -223,7 +223,7 @@ def _entry_lock(path: Path) -> Iterator[bool]:
             usable = stack.enter_context(_locked(_beside(path, ".lock"), wait=True))
             _sweep(path.parent.name)
         except OSError as error:
-            _warn(f"the cache {path.parent} cannot be written ({error.strerror}): working without")
+            _warn(f"The cache {path.parent} cannot be written ({error.strerror}): working without")
         yield usable
 
 
@@ -323,4 +323,4 @@ def _digest(parts: Sequence[str | bytes]) -> str:
 
 
 def _warn(sentence: str) -> None:
-    warnings.warn(sentence, CacheWarning, stacklevel=3)
+    warnings.warn(f"{sentence}.", CacheWarning, stacklevel=3)

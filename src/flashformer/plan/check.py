@@ -33,7 +33,7 @@ def check(plan: Plan) -> None:
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
-        raise PlanError(sentence)
+        raise PlanError(f"The plan is wrong: {sentence}.")
 
 
 def _check_machine(plan: Plan) -> None:

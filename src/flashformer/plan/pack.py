@@ -5,14 +5,15 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from flashformer.errors import CheckpointError
+from flashformer.model.checkpoint import check_finite
 from flashformer.model.weights import Array, WeightSource
-from flashformer.plan.plan import IMAGE_ALIGNMENT, Matrix, Plan, Vector
+from flashformer.plan.plan import Matrix, Plan, Vector
 from flashformer.quant.decode import decode
 from flashformer.quant.encode import Encoded, Float32, encode, widen
 from flashformer.quant.formats import TILE_ROWS
@@ -22,8 +23,6 @@ Image = npt.NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]  # what ("packing"), bytes done, bytes in all
 
 PACK_THREADS = 2
-DAMAGED = "holds NaN or infinite values: the checkpoint is damaged; download or convert it again"
-EXPONENT_MASKS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 JOB_WEIGHTS = 1 << 19  # weights of one job: its temporaries stay below 16 MB and near the caches
 
 # matrix -> the roles whose rows it holds, in order; gate_up interleaves its two
@@ -44,14 +43,15 @@ BIAS_ROLES = {
 def pack(plan: Plan, weights: WeightSource, image: Image, progress: Progress | None = None) -> None:
     """Fill `image` [plan.image_bytes] with the weights.
 
-    Reads tensors one matrix at a time through two threads and needs less than 64 MB beside the
-    image. Raises `CheckpointError` for a tensor that is missing, misshapen, not finite, or too
-    large for the format.
+    Reads one matrix at a time with two threads, releases the rows that were read, and needs less
+    than 64 MB beside the image. Raises `CheckpointError` for a tensor that is missing, misshapen,
+    not finite, or too large for the format.
     """
     if image.nbytes != plan.image_bytes:
         raise ValueError(f"the image has {image.nbytes} bytes; the plan needs {plan.image_bytes}")
     for vector in plan.vectors:
         _pack_vector(plan, vector, weights, image)
+    _clear_gaps(plan, image)
     total = sum(m.nbytes for m in plan.matrices)
     done = 0
     with ThreadPoolExecutor(PACK_THREADS, thread_name_prefix="pack") as threads:
@@ -60,7 +60,15 @@ def pack(plan: Plan, weights: WeightSource, image: Image, progress: Progress | N
                 done += num_tiles * matrix.tile_bytes
                 if progress is not None:
                     progress("packing", done, total)
-            _release(weights, matrix)
+
+
+class _Span(NamedTuple):
+    """Rows of a tensor that belong to a job."""
+
+    role: str
+    first: int
+    end: int
+    at: int  # where they go in the job's rows; of gate_up always 0
 
 
 def unpack(plan: Plan, image: Image, matrix: Matrix) -> Float32:
@@ -119,55 +127,54 @@ def _pack_matrix(
 ) -> Iterator[int]:
     """Pack one matrix; yields the number of tiles of every finished job."""
     tensors = {role: weights.tensor(role, matrix.layer) for role in MATRIX_ROLES[matrix.name]}
-    if len({t.dtype for t in tensors.values()}) > 1:
-        tensors = {role: widen(t) for role, t in tensors.items()}
 
-    def job(span: tuple[int, int]) -> int:
-        first, end = span
-        rows = _stored_rows(matrix, tensors, first, end)
+    def job(first: int) -> int:
+        end = min(first + step, matrix.num_tiles)
+        spans = _spans(matrix, tensors, first, end)
+        rows = _stored_rows(matrix, tensors, spans, end - first)
         _pack_tiles(plan, matrix, rows, image, first, end)
+        for span in spans:  # a memory-mapped source may drop the pages that were just read
+            weights.release(span.role, matrix.layer, span.first, span.end - span.first)
         return end - first
 
     step = max(1, JOB_WEIGHTS // (TILE_ROWS * matrix.cols))
-    starts = range(0, matrix.num_tiles, step)
-    yield from threads.map(job, [(a, min(a + step, matrix.num_tiles)) for a in starts])
-    end = matrix.offset + matrix.nbytes
-    image[end : -(-end // IMAGE_ALIGNMENT) * IMAGE_ALIGNMENT] = 0
+    yield from threads.map(job, range(0, matrix.num_tiles, step))
 
 
-def _stored_rows(matrix: Matrix, tensors: dict[str, Array], first: int, end: int) -> Array:
-    """Source rows of tiles `first` .. `end` in stored order, padded with zeros: [16 x tiles, cols].
-
-    The columns are padded to whole blocks.
-    """
-    cols = matrix.weight_format.num_blocks(matrix.cols) * matrix.weight_format.block_cols
+def _spans(matrix: Matrix, tensors: dict[str, Array], first: int, end: int) -> list[_Span]:
+    """The source rows of tiles `first` .. `end`."""
     if matrix.name == "gate_up":
-        half = TILE_ROWS // 2
-        parts = [{role: tensor} for role, tensor in tensors.items()]
-        halves = [_slice_rows(matrix, p, first * half, end * half, cols) for p in parts]
-        return np.stack([h.reshape(-1, half, cols) for h in halves], axis=1).reshape(-1, cols)
-    return _slice_rows(matrix, tensors, first * TILE_ROWS, end * TILE_ROWS, cols)
-
-
-def _slice_rows(
-    matrix: Matrix, tensors: dict[str, Array], start: int, stop: int, cols: int
-) -> Array:
-    """Rows `start` .. `stop` of the tensors one below the other, padded with zeros."""
-    rows: Array | None = None
-    base = 0
+        start, stop = first * TILE_ROWS // 2, end * TILE_ROWS // 2
+        return [_Span(role, start, min(stop, len(t)), 0) for role, t in tensors.items()]
+    start, stop, base, spans = first * TILE_ROWS, end * TILE_ROWS, 0, []
     for role, tensor in tensors.items():
-        low, high = max(start - base, 0), min(stop - base, tensor.shape[0])
+        low, high = max(start - base, 0), min(stop - base, len(tensor))
         if low < high:
-            piece = tensor[low:high]
-            _require_finite(piece, role, matrix.layer, DAMAGED)
-            if piece.shape == (stop - start, cols):
-                return piece
-            if rows is None:
-                rows = np.zeros((stop - start, cols), tensor.dtype)
-            rows[base + low - start : base + high - start, : tensor.shape[1]] = piece
-        base += tensor.shape[0]
-    if rows is None:
-        raise ValueError(f"tiles of {matrix.name} hold no row {start} .. {stop}")
+            spans.append(_Span(role, low, high, base + low - start))
+        base += len(tensor)
+    return spans
+
+
+def _stored_rows(
+    matrix: Matrix, tensors: dict[str, Array], spans: list[_Span], num_tiles: int
+) -> Array:
+    """Source rows in stored order, padded with zeros to whole tiles and blocks."""
+    cols = matrix.weight_format.num_blocks(matrix.cols) * matrix.weight_format.block_cols
+    pieces = [tensors[span.role][span.first : span.end] for span in spans]
+    for span, piece in zip(spans, pieces, strict=True):
+        check_finite(piece, _label(span.role, matrix.layer))
+    if pieces[0].shape == (num_tiles * TILE_ROWS, cols):
+        return pieces[0]
+    same = len({piece.dtype for piece in pieces}) == 1
+    rows = np.zeros((num_tiles * TILE_ROWS, cols), pieces[0].dtype if same else np.float32)
+    for part, (span, piece) in enumerate(zip(spans, pieces, strict=True)):
+        if matrix.name == "gate_up":
+            index = np.arange(len(piece))
+            half = TILE_ROWS // 2
+            at = index // half * TILE_ROWS + part * half + index % half
+            rows[at, : matrix.cols] = piece
+        else:
+            rows[span.at : span.at + len(piece), : matrix.cols] = piece
     return rows
 
 
@@ -177,10 +184,11 @@ def _pack_tiles(
     weight_format = matrix.weight_format
     blocks, row_scales = _tile_views(image, matrix, first, end)
     codes, scales = encode(rows, weight_format)
-    if codes.dtype != rows.dtype:
-        checked, role = codes if scales is None else scales, MATRIX_ROLES[matrix.name][0]
-        complaint = f"(or its neighbours in {matrix.name}) has values too large for the format "
-        _require_finite(checked, role, matrix.layer, f"{complaint}{weight_format.name}; use bf16")
+    if codes.dtype != rows.dtype and not np.isfinite(codes if scales is None else scales).all():
+        raise CheckpointError(
+            f"{_label(matrix.name, matrix.layer)} has weights too large for the format "
+            f"{weight_format.name}; choose bf16."
+        )
     scale_bytes = weight_format.block_scale_bytes
     shaped = codes.reshape(end - first, TILE_ROWS, -1)
     arrange(shaped, weight_format, plan.machine.layout, blocks[..., scale_bytes:])
@@ -204,7 +212,7 @@ def _vector_values(plan: Plan, vector: Vector, weights: WeightSource) -> Float32
     parts = []
     for role in BIAS_ROLES.get(vector.name, (vector.name,)):
         values = widen(weights.tensor(role, vector.layer))
-        _require_finite(values, role, vector.layer, DAMAGED)
+        check_finite(values, _label(role, vector.layer))
         parts.append(values)
     if vector.name != "gate_up_bias":
         return _padded(np.concatenate(parts), vector.length)
@@ -217,24 +225,14 @@ def _padded(values: Float32, length: int) -> Float32:
     return np.pad(values, (0, length - len(values)))
 
 
-def _require_finite(array: Array, role: str, layer: int, complaint: str) -> None:
-    if not is_finite(array):
-        where = "" if layer < 0 else f" of layer {layer}"
-        raise CheckpointError(f"the tensor {role}{where} {complaint}")
+def _clear_gaps(plan: Plan, image: Image) -> None:
+    """Zero what belongs to no matrix or vector, so that equal weights give equal images."""
+    items: list[Vector | Matrix] = [*plan.vectors, *plan.matrices]
+    items.sort(key=lambda item: item.offset)
+    ends = [item.offset for item in items[1:]] + [plan.image_bytes]
+    for item, end in zip(items, ends, strict=True):
+        image[item.offset + item.nbytes : end] = 0
 
 
-def is_finite(array: Array) -> bool:
-    """Whether no element is NaN or infinite."""
-    mask = EXPONENT_MASKS.get(array.dtype.name)
-    if mask is None or not array.size:
-        return bool(np.isfinite(array).all())
-    # All exponent bits set means NaN or infinity; integers are several times faster than isfinite.
-    return bool((array.view(np.uint16) & mask).max() != mask)
-
-
-def _release(weights: WeightSource, matrix: Matrix) -> None:
-    """Let a memory-mapped source drop the pages of the tensors that were just read."""
-    release = getattr(weights, "release", None)
-    if release is not None:
-        for role in MATRIX_ROLES[matrix.name]:
-            release(role, matrix.layer)
+def _label(name: str, layer: int) -> str:
+    return name if layer < 0 else f"{name} of layer {layer}"

@@ -69,19 +69,19 @@ def _check_options(spec: ModelSpec, machine: Machine, options: PlanOptions) -> N
     for name in (options.format, options.head_format):
         if name not in FORMATS:
             raise UsageError(
-                f"weight format {name!r} is unknown; choose one of {', '.join(FORMATS)}"
+                f"Weight format {name!r} is unknown; choose one of {', '.join(FORMATS)}."
             )
         check_layout(FORMATS[name], machine.layout)
     limit = longest_context(spec)
     if not 1 <= options.context <= limit:
         raise UsageError(
-            f"a context of {options.context} tokens is not possible: {spec.model_type} with this "
-            f"config.json has {limit} positions; choose 1 to {limit}"
+            f"A context of {options.context} tokens is not possible: {spec.model_type} with this "
+            f"config.json has {limit} positions; choose 1 to {limit}."
         )
     if not 1 <= options.max_batch <= machine.max_rows:
         raise UsageError(
-            f"a batch of {options.max_batch} sequences is not possible on {machine.name}; "
-            f"choose 1 to {machine.max_rows}"
+            f"A batch of {options.max_batch} sequences is not possible on {machine.name}; "
+            f"choose 1 to {machine.max_rows}."
         )
 
 

@@ -9,7 +9,9 @@ panel     (CPU: a vector holds the 16 rows)
           high halves 2, 6, 3, 7, so that a mask leaves neighbours in a 32-bit word's two halves.
 fragment  (CUDA: a warp's A operand of mma.m16n8k16, PTX ISA section 9.7.14)
           16-bit formats: 32 lanes x 4 words; with g = lane // 4, t = lane % 4 a lane's words are
-          rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8 (two neighbouring columns each).
+          rows g, g + 8, g, g + 8 at columns 4t, 4t, 4t + 2, 4t + 2 (two neighbouring columns each).
+          The instruction numbers them 2t and 2t + 8; in this order a lane's part of operand B is
+          four neighbouring elements, so that activations keep their natural order.
 """
 
 from typing import Any
@@ -28,11 +30,11 @@ LAYOUTS = ("rows", "panel", "fragment")
 def check_layout(weight_format: Format, layout: str) -> None:
     """Raise `PlanError` if `layout` does not exist or cannot hold `weight_format`."""
     if layout not in LAYOUTS:
-        raise PlanError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+        raise PlanError(f"Layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
     if layout == "fragment" and weight_format.bits != 16:
         raise PlanError(
-            f"the fragment layout holds 16-bit formats only, not {weight_format.name}; "
-            "choose bf16 or f16"
+            f"The fragment layout holds 16-bit formats only, not {weight_format.name}; "
+            "choose bf16 or f16."
         )
 
 
@@ -71,7 +73,7 @@ def _split(units: npt.NDArray[Any], blocks: int, layout: str) -> npt.NDArray[Any
     tiles, rows, total = units.shape
     width = total // blocks
     if layout == "fragment":
-        return units.reshape(tiles, 2, rows // 2, blocks, 2, width // 2)
+        return units.reshape(tiles, 2, rows // 2, blocks, width // 2, 2)
     return units.reshape(tiles, rows, blocks, width)
 
 
@@ -86,7 +88,7 @@ def _as_logical(target: npt.NDArray[Any], layout: str) -> npt.NDArray[Any]:
     lanes = target.reshape(
         tiles, blocks, TILE_ROWS // 2, width // 2, 2, 2
     )  # g, t, column half, row half
-    return lanes.transpose(0, 5, 2, 1, 4, 3)
+    return lanes.transpose(0, 5, 2, 1, 3, 4)
 
 
 def _halves(codes: npt.NDArray[Any], blocks: int, layout: str) -> tuple[Any, Any]:
