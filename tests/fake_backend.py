@@ -1,4 +1,4 @@
-"""A backend whose logits depend on a sequence's tokens as its KV pages hold them, and on nothing else.
+"""A backend whose logits depend on a sequence's tokens as its KV pages hold them, and on no more.
 
 A row stores, in its page, a hash of the entry before it, its token and its position; its logits are
 drawn from a hash of all entries that the page table shows. A wrong page, position or token, a page

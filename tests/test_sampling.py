@@ -77,7 +77,7 @@ def test_choices_follow_the_exact_distribution(case):
 
 
 def chi_square_p(found, expected):
-    """p value of Pearson's test by Wilson and Hilferty's normal approximation; rare cells pooled."""
+    """p value of Pearson's test by Wilson and Hilferty's approximation; rare cells pooled."""
     order = np.argsort(expected)
     rare = order[np.cumsum(expected[order]) < 8]
     common = np.setdiff1d(np.flatnonzero(expected), rare)
@@ -335,5 +335,5 @@ def test_min_tokens_above_max_tokens_is_refused():
 
 def test_token_ids_are_compared_with_the_model():
     check_vocabulary(SamplingParams(stop_token_ids=[9]), 10)
-    with pytest.raises(ParameterError, match="token id 10, .* ends at 9"):
+    with pytest.raises(ParameterError, match=r"token id 10, .* ends at 9"):
         check_vocabulary(SamplingParams(stop_token_ids=[10]), 10)

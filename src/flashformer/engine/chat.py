@@ -6,13 +6,16 @@ rules) is that of Hugging Face `apply_chat_template`.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashformer.engine.tokenizer import read_text
 from flashformer.errors import CheckpointError, UsageError
+from flashformer.model.checkpoint import member
 
 if TYPE_CHECKING:
     from jinja2 import Template, nodes
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
+FILE = "chat_template.jinja"
 _MAX_TEXT = 4 << 20  # characters that a template may write
-_MAX_SOURCE = 1 << 20
+_MAX_SOURCE_BYTES = 1 << 20
 _MAX_DEPTH = 64
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _MARK = "\ue0f0continue\ue0f1 "  # private-use characters; the space shows whether a template trims
@@ -41,12 +45,12 @@ class ChatTemplates:
     ) -> "ChatTemplates":
         """Templates of chat_template.jinja, else of `config`, and of additional_chat_templates/."""
         templates = _from_config(config.get("chat_template"))
-        files = [(folder / "chat_template.jinja", "default")]
-        extra = folder / "additional_chat_templates"
-        files += [(path, path.stem) for path in sorted(extra.glob("*.jinja"))]
-        for path, name in files:
-            if path.is_file():
-                templates[name] = _read(path)
+        extra = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        named = {path.stem: str(path.relative_to(folder)) for path in extra}
+        if os.path.lexists(folder / FILE):
+            named["default"] = FILE
+        for name, file in named.items():
+            templates[name] = read_text(member(folder, file), _MAX_SOURCE_BYTES)
         return cls(templates, special_tokens)
 
     def render(
@@ -118,22 +122,6 @@ def _from_config(value: object) -> dict[str, str]:
             and "name" in entry
         }
     return {}
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8") as file:
-            source = file.read(_MAX_SOURCE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is not readable as UTF-8 text ({type(error).__name__}); use an undamaged copy "
-            "of the checkpoint."
-        ) from None
-    if len(source) > _MAX_SOURCE:
-        raise CheckpointError(
-            f"{path} is longer than {_MAX_SOURCE} characters, too long to be used."
-        )
-    return source
 
 
 def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -249,8 +237,8 @@ def _compiled(source: str) -> "Template":
         return _environment().from_string(source)
     except TemplateSyntaxError as error:
         raise CheckpointError(
-            f"the chat template is not valid jinja2 (line {error.lineno}: {error.message}); use an "
-            "undamaged copy of the checkpoint, or give a chat_template."
+            f"the chat template is not valid jinja2 (line {error.lineno}: {error.message}); "
+            "download the checkpoint again, or give a chat_template."
         ) from None
     except RecursionError:
         raise CheckpointError("the chat template is nested too deep to be compiled.") from None

@@ -174,8 +174,8 @@ def _words(token_ids: Ids, draw: Draw) -> npt.NDArray[np.uint32]:
         for column, word in enumerate(philox4x32(counter, draw.seed)):
             words[part, column] = word
     if dense:
-        return words.reshape(-1)[token_ids - 4 * start]
-    return words[np.arange(len(blocks)), token_ids & 3]
+        return np.take(words, token_ids - 4 * start)
+    return np.take(words, np.arange(len(blocks)) * 4 + (token_ids & 3))
 
 
 def _head(scaled: Float32, weights: Float32 | None, limit: float) -> Ids:

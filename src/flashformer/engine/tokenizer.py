@@ -4,6 +4,7 @@ tokenizer.json + tokenizer_config.json -> `Tokenizer`.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,8 +18,10 @@ from flashformer.engine.detokenizer import (
     token_bytes,
 )
 from flashformer.errors import CheckpointError, UsageError
+from flashformer.model.checkpoint import member, read_json
 
-_MAX_FILE_BYTES = 64 << 20
+FILE = "tokenizer.json"
+MAX_FILE_BYTES = 64 << 20
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPECIAL_NAMES = (
     "bos_token",
@@ -31,26 +34,26 @@ _SPECIAL_NAMES = (
 )
 
 
-def read_json(path: Path, limit: int = _MAX_FILE_BYTES) -> dict[str, Any]:
-    """The object in a checkpoint's JSON file, {} if there is no file."""
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise CheckpointError(
-                f"{path} has {size} bytes, more than the {limit} bytes expected of such a file; "
-                "use an undamaged copy of the checkpoint."
-            )
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def read_optional_json(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint, {} if there is no such file."""
+    if not os.path.lexists(folder / name):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    return read_json(folder, name, MAX_FILE_BYTES)
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """A text file of a checkpoint; `CheckpointError` if it is too large or not UTF-8."""
+    try:
+        if path.stat().st_size > max_bytes:
+            raise CheckpointError(
+                f"{path} is larger than {max_bytes} bytes, too large for what it should hold; "
+                "download it again."
+            )
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{path} is not readable as JSON ({type(error).__name__}); use an undamaged copy of "
-            "the checkpoint."
+            f"{path} cannot be read as UTF-8 text ({type(error).__name__}); download it again."
         ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, but an object is expected.")
-    return value
 
 
 class Tokenizer:
@@ -69,7 +72,7 @@ class Tokenizer:
         except BaseException as error:  # the library panics outside of Exception
             raise CheckpointError(
                 f"{origin} is not a tokenizer that this version of `tokenizers` can read "
-                f"({str(error)[:200]}); use an undamaged copy of the checkpoint."
+                f"({str(error)[:200]}); download it again."
             ) from None
         # Some files carry the cut and the padding of their training run.
         self._backend.no_truncation()
@@ -83,25 +86,13 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: Path) -> Self | None:
         """The tokenizer of a checkpoint folder; None if it has no tokenizer.json."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.lexists(folder / FILE):
             return None
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, more than the {_MAX_FILE_BYTES} bytes "
-                "expected of a tokenizer; use an undamaged copy of the checkpoint."
-            )
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{path} is not readable as UTF-8 text ({type(error).__name__}); use an undamaged "
-                "copy of the checkpoint."
-            ) from None
-        config = read_json(folder / "tokenizer_config.json")
-        for name, value in read_json(folder / "special_tokens_map.json").items():
+        path = member(folder, FILE)
+        config = read_optional_json(folder, "tokenizer_config.json")
+        for name, value in read_optional_json(folder, "special_tokens_map.json").items():
             config.setdefault(name, value)
-        return cls(content, config, str(path))
+        return cls(read_text(path, MAX_FILE_BYTES), config, str(folder / FILE))
 
     @property
     def vocab_size(self) -> int:
