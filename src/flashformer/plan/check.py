@@ -182,6 +182,12 @@ def _check_places(plan: Plan) -> None:
             f"{_label(item.name, item.layer)} starts at byte {item.offset}, "
             f"which is not a multiple of {alignment}",
         )
+    for earlier, later in pairwise(plan.matrices):
+        _require(
+            earlier.offset < later.offset,
+            f"{_label(later.name, later.layer)} lies before {_label(earlier.name, earlier.layer)} "
+            "in the image, against the order of reading",
+        )
     ordered = sorted((item for item, _ in items), key=lambda item: item.offset)
     for before, after in pairwise(ordered):
         _require(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flashformer.model.spec import ModelSpec
+from flashformer.model.spec import LayerSpec, ModelSpec
 from flashformer.plan.machine import Machine
 from flashformer.quant.formats import FORMATS, TILE_ROWS, Format
 
@@ -146,8 +146,11 @@ class Plan:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one position, all layers."""
-        element = KV_BYTES[self.machine.kv_format]
-        return sum(2 * layer.kv_rows * element for layer in self.spec.layers)
+        return sum(self.kv_bytes_of(layer) for layer in self.spec.layers)
+
+    def kv_bytes_of(self, layer: LayerSpec) -> int:
+        """Bytes of the key and the value of one position in one layer."""
+        return 2 * layer.kv_rows * KV_BYTES[self.machine.kv_format]
 
     def bytes_per_step(self, context: int, batch: int = 1) -> int:
         """Bytes that one decode step must read: weights once, keys and values of every sequence.
@@ -159,10 +162,9 @@ class Plan:
         for matrix in self.matrices:
             gathered = matrix.name == "embed_tokens"
             total += batch * matrix.tile_bytes // TILE_ROWS if gathered else matrix.nbytes
-        element = KV_BYTES[self.machine.kv_format]
         for layer in self.spec.layers:
             seen = min(context, layer.window) if layer.window else context
-            total += batch * seen * 2 * layer.kv_rows * element
+            total += batch * seen * self.kv_bytes_of(layer)
         return total
 
     def to_json(self) -> dict[str, Any]:
