@@ -112,7 +112,7 @@ def make_checkpoint(folder: Path, variant: str, seed: int = 0, **overrides: Any)
 
 
 def _randomise(name: str, parameter: Any) -> None:
-    """Sizes that keep every path alive: spread logits, sharp attention, norms and biases that act."""
+    """Sizes that let every path act: spread logits, sharp attention, uneven norms, large biases."""
     if "norm" in name:
         parameter.uniform_(0.5, 1.5)
     elif name.endswith("bias"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from checkpoints import make_checkpoint
 
 # Tests never reach the network, and one process does not take every core.
@@ -14,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`checkpoint("qwen3")` -> folder of the variant of checkpoints.VARIANTS, read-only by custom."""
+    """`checkpoint("qwen3")` -> folder of that row of checkpoints.VARIANTS; do not write there."""
     made: dict[str, Path] = {}
 
     def folder_of(variant: str) -> Path:

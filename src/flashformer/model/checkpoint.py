@@ -115,12 +115,12 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     text = os.fspath(path_or_hub_id)
     if not text or "\0" in text:
         raise CheckpointError(f"{quote(text)} names no checkpoint; expected a folder or a hub id.")
-    folder = Path(text).expanduser()
     try:
+        folder = Path(text).expanduser()
         if folder.is_dir():
             return folder
         exists = folder.exists()
-    except OSError:
+    except (OSError, RuntimeError):  # a name that is too long, a home that is unknown
         exists = False
     if exists:
         raise CheckpointError(f"{text} is a file; expected the folder that holds config.json.")

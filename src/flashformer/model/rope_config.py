@@ -148,6 +148,6 @@ def _require_finite(rope: RopeSpec) -> None:
         usable = False
     if not usable:
         raise CheckpointError(
-            f"config.json: the rope parameters of type {rope.rope_type} give no finite "
-            "frequencies; expected those of a trained model."
+            f"config.json: the rope parameters of type {rope.rope_type} give no usable "
+            "table of frequencies; expected those of a trained model."
         )
