@@ -1,0 +1,87 @@
+"""One plan, three ways to run it.
+
+`open_backend` is the only place that knows all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from flashformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashformer.backends.base import Backend
+    from flashformer.codegen.image_file import Progress
+    from flashformer.model.spec import ModelSpec
+    from flashformer.model.weights import WeightSource
+    from flashformer.plan.plan import PlanOptions
+
+DEVICES = ("auto", "cpu", "cuda", "reference")
+CUDA_PACKAGES = ("torch", "cuda.bindings")
+
+
+def open_backend(
+    device: str,
+    spec: ModelSpec,
+    weights: WeightSource,
+    options: PlanOptions,
+    *,
+    num_pages: int,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Backend:
+    """Plan, pack or read the image, compile, and open the backend of `device`.
+
+    `device` is cpu, cuda, reference, or auto: cuda where it can run, else cpu. `threads` is for the
+    CPU (default: its physical cores); `progress` is called as (what, done, total). Raises
+    `UsageError` for an unknown or impossible device, and what planning, packing, compiling raise.
+    """
+    if device not in DEVICES:
+        raise UsageError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
+    if device == "cuda" or (device == "auto" and _has_gpu()):
+        return _open_cuda(spec, weights, options, num_pages, progress)
+    from flashformer.codegen.cache import load_image
+    from flashformer.plan.plan import make_plan
+
+    if device == "reference":
+        from flashformer.backends.reference import ReferenceBackend, reference_machine
+
+        plan = make_plan(spec, reference_machine(), options)
+        return ReferenceBackend(plan, load_image(plan, weights, progress=progress), num_pages)
+    from flashformer.backends.cpu.backend import open_cpu
+
+    return open_cpu(spec, weights, options, num_pages, threads, progress)
+
+
+def _has_gpu() -> bool:
+    """Whether the CUDA backend's packages are installed and see a GPU; torch only if installed."""
+    try:
+        if any(importlib.util.find_spec(name) is None for name in CUDA_PACKAGES):
+            return False
+        import torch
+
+        return bool(torch.cuda.is_available())
+    except (ImportError, ValueError):
+        return False
+
+
+def _open_cuda(
+    spec: ModelSpec,
+    weights: WeightSource,
+    options: PlanOptions,
+    num_pages: int,
+    progress: Progress | None,
+) -> Backend:
+    try:
+        open_cuda = importlib.import_module("flashformer.backends.cuda").open_cuda
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"device cuda needs packages that are not installed ({error}); "
+            "install flashformer[cuda] or use --device cpu"
+        ) from error
+    if not _has_gpu():
+        raise UsageError("device cuda needs an NVIDIA GPU and none was found; use --device cpu")
+    backend: Backend = open_cuda(spec, weights, options, num_pages=num_pages, progress=progress)
+    return backend

@@ -1,0 +1,1 @@
+"""The CPU backend: one C++ function for the whole model, compiled at first use."""

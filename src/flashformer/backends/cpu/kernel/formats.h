@@ -1,0 +1,95 @@
+// What a tile's bytes mean: one row of traits a format, and loads that turn codes into vectors.
+//
+// A tile is 16 rows; its blocks lie along the columns: scales (if the format has groups), then codes
+// in panel order, so that a vector holds neighbouring rows of one column (floats) or of one pair of
+// columns (integers).
+#pragma once
+
+#include <config.h>
+
+#include "simd.h"
+
+using config::Format;
+
+struct Traits {
+  int block_cols;
+  int scale_bytes;  // at the start of a block
+  int block_bytes;
+  int group_cols;  // columns that share an activation scale; 0: float activations
+  bool group_scales;  // weights have a scale for each group, not for each row
+};
+
+constexpr Traits traits(Format format) {
+  switch (format) {
+    case Format::f32: return {16, 0, 1024, 0, false};
+    case Format::bf16: return {16, 0, 512, 0, false};
+    case Format::f16: return {16, 0, 512, 0, false};
+    case Format::int8: return {32, 0, 512, 128, false};
+    case Format::int4: return {32, 32, 288, 32, true};
+    case Format::int4g128: return {128, 32, 1056, 128, true};
+  }
+  return {};
+}
+
+constexpr bool is_float(Format format) { return traits(format).group_cols == 0; }
+constexpr bool is_int4(Format format) { return traits(format).group_scales; }
+constexpr int num_blocks(Format format, int cols) {
+  return (cols + traits(format).block_cols - 1) / traits(format).block_cols;
+}
+
+// Rows vector * lanes .. of one column of the pair of columns that is stored at `pair`.
+template <Format format, int odd>
+[[gnu::always_inline]] inline simd::F32 load_column(const u8* pair, int vector) {
+  using namespace simd;
+  if constexpr (format == Format::f32) {
+    return load((const float*)pair + odd * tile_rows + vector * lanes);
+  } else if constexpr (format == Format::f16) {
+    return load_f16((const u16*)pair + odd * tile_rows + vector * lanes);
+  } else {
+    const I32 both = load_i32((const u32*)pair + vector * lanes);
+    return odd ? high_bf16(both) : low_bf16(both);
+  }
+}
+
+// Rows vector * lanes .. of pair `pair` of the 8 columns stored at `eight`, as pairs of i16; int4
+// codes stay unsigned (8 means 0). `unpacked`: the pairs are stored as such.
+template <Format format, bool unpacked, int pair>
+[[gnu::always_inline]] inline simd::I32 load_pair(const u8* eight, int vector) {
+  using namespace simd;
+  if constexpr (unpacked) {
+    return load_i32((const u32*)eight + pair * tile_rows + vector * lanes);
+  } else if constexpr (format == Format::int8) {
+    return load_i8(eight + pair * 2 * tile_rows + vector * 2 * lanes);
+  } else {
+    const I32 word = load_i32((const u32*)eight + vector * lanes), mask = splat_i32(0x000f000f);
+    if constexpr (pair == 0) return bit_and(word, mask);
+    if constexpr (pair == 3) return shift_right_i16<12>(word);
+    return bit_and(shift_right_i16<4 * pair>(word), mask);
+  }
+}
+
+// Bytes of 8 columns of codes.
+constexpr int eight_bytes(Format format, bool unpacked) {
+  return unpacked ? 256 : (traits(format).block_bytes - traits(format).scale_bytes) * 8 / traits(format).block_cols;
+}
+
+// One weight, for the embedding.
+template <Format format>
+inline float weight_at(const u8* tile, i64 tile_bytes, int row, int col) {
+  constexpr Traits t = traits(format);
+  const u8* block = tile + i64(col / t.block_cols) * t.block_bytes;
+  const int c = col % t.block_cols;
+  if constexpr (format == Format::f32) return ((const float*)block)[c * tile_rows + row];
+  if constexpr (format == Format::f16) return from_f16(((const u16*)block)[c * tile_rows + row]);
+  if constexpr (format == Format::bf16)
+    return from_bf16(((const u16*)block)[c / 2 * 2 * tile_rows + 2 * row + c % 2]);
+  if constexpr (format == Format::int8) {
+    const float* row_scales = (const float*)(tile + tile_bytes) - tile_rows;
+    return float(((const i8*)block)[c / 2 * 2 * tile_rows + 2 * row + c % 2]) * row_scales[row];
+  }
+  if constexpr (is_int4(format)) {
+    const u32 word = ((const u32*)(block + t.scale_bytes))[c / 8 * tile_rows + row];
+    const int code = word >> (c % 8 / 2 * 4 + c % 2 * 16) & 15;
+    return float(code - 8) * from_f16(((const u16*)block)[row]);
+  }
+}
