@@ -49,7 +49,7 @@ def edit_config(source, folder, **fields):
 
 
 def byte_bounds(array):
-    """Addresses of the first byte, and after the last, that an array with positive strides reads."""
+    """Addresses of the first byte and after the last that an array of positive strides reads."""
     first = array.__array_interface__["data"][0]
     spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
     return first, first + sum(spans) + array.itemsize
