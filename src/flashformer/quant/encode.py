@@ -86,7 +86,8 @@ def _encode_groups(values: Float32, group: int) -> Encoded:
     groups = values.reshape(rows, -1, group)
     highest, lowest = groups.max(axis=2), groups.min(axis=2)
     signed = np.where(highest > -lowest, highest, lowest)
-    scales = (signed / np.float32(-INT4_ZERO)).astype(np.float16)
+    with np.errstate(over="ignore"):  # an infinite scale is refused by the packer, by name
+        scales = (signed / np.float32(-INT4_ZERO)).astype(np.float16)
     divisor = scales.astype(np.float32)
     divisor[divisor == 0] = 1
     codes = groups / divisor[:, :, None]
