@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashformer.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flashformer.backends.base import Backend
     from flashformer.codegen.image_file import Progress
     from flashformer.model.spec import ModelSpec
     from flashformer.model.weights import WeightSource
+    from flashformer.plan.machine import Machine
     from flashformer.plan.plan import PlanOptions
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
@@ -38,9 +41,7 @@ def open_backend(
     CPU (default: its physical cores); `progress` is called as (what, done, total). Raises
     `UsageError` for an unknown or impossible device, and what planning, packing, compiling raise.
     """
-    if device not in DEVICES:
-        raise UsageError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
-    if device == "cuda" or (device == "auto" and _has_gpu()):
+    if _is_cuda(device):
         return _open_cuda(spec, weights, options, num_pages, progress)
     from flashformer.codegen.cache import load_image
     from flashformer.plan.plan import make_plan
@@ -53,6 +54,30 @@ def open_backend(
     from flashformer.backends.cpu.backend import open_cpu
 
     return open_cpu(spec, weights, options, num_pages, threads, progress)
+
+
+def machine_of(device: str, threads: int | None = None) -> Machine:
+    """The machine that `open_backend` would plan for; opens and allocates nothing.
+
+    Raises `UsageError` for an unknown or impossible device.
+    """
+    if _is_cuda(device):
+        machine: Machine = _cuda("cuda_machine")()
+        return machine
+    if device == "reference":
+        from flashformer.backends.reference import reference_machine
+
+        return reference_machine()
+    from flashformer.backends.cpu.machine import cpu_machine
+
+    return cpu_machine(threads)
+
+
+def _is_cuda(device: str) -> bool:
+    """Whether `device` means the GPU; `UsageError` if it means nothing."""
+    if device not in DEVICES:
+        raise UsageError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
+    return device == "cuda" or (device == "auto" and _has_gpu())
 
 
 def _has_gpu() -> bool:
@@ -74,8 +99,18 @@ def _open_cuda(
     num_pages: int,
     progress: Progress | None,
 ) -> Backend:
+    backend: Backend = _cuda("open_cuda")(
+        spec, weights, options, num_pages=num_pages, progress=progress
+    )
+    return backend
+
+
+def _cuda(function: str) -> Callable[..., Any]:
+    """A function of the CUDA backend, or the `UsageError` that says what it lacks."""
     try:
-        open_cuda = importlib.import_module("flashformer.backends.cuda").open_cuda
+        found: Callable[..., Any] = getattr(
+            importlib.import_module("flashformer.backends.cuda"), function
+        )
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"device cuda needs packages that are not installed ({error}); "
@@ -83,5 +118,4 @@ def _open_cuda(
         ) from error
     if not _has_gpu():
         raise UsageError("device cuda needs an NVIDIA GPU and none was found; use --device cpu")
-    backend: Backend = open_cuda(spec, weights, options, num_pages=num_pages, progress=progress)
-    return backend
+    return found
