@@ -106,10 +106,9 @@ def request_output(
     )
 
 
-def stream_chunk(delta: Delta) -> StreamChunk:
-    """One delta as the caller sees it."""
+def stream_chunk(delta: Delta, last: bool) -> StreamChunk:
+    """One delta as the caller sees it; `last` of its request."""
     request = delta.request
-    last = delta.finish_reason is not None and request.finished
     return StreamChunk(
         request_id=str(request.number),
         index=delta.index,
