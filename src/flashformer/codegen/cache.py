@@ -7,6 +7,7 @@ warning says so and the work is done again each time.
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -123,12 +124,8 @@ def compiled(kind: str, key_parts: Sequence[str | bytes], build: Callable[[Path]
             _touch(path)
             return path
     with _entry_lock(path) as usable:
-        if usable and _is_private(path.parent):
-            if path.is_dir():
-                return path
-            with contextlib.suppress(OSError):  # a full disk: try once more in the temporary folder
-                return _build(path, build)
-        _warn(f"The kernel cache {path.parent} cannot be used; the kernel is compiled every time")
+        if usable and _build_in_cache(path, build):
+            return path
     folder = Path(tempfile.mkdtemp(prefix="flashformer-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     build(folder)
@@ -171,7 +168,7 @@ def _read(path: Path, image: Image, meta: dict[str, str], progress: Progress | N
             _touch(path)
             return True
         _warn(f"The cached image {path} is damaged; the weights are packed again")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter is reported on writing
         pass
     except OSError as error:
         _warn(f"The cached image {path} cannot be read ({error.strerror}); packing again")
@@ -197,7 +194,23 @@ def _store(path: Path, image: Image, meta: dict[str, str], progress: Progress | 
             unfinished.unlink(missing_ok=True)
 
 
-def _build(path: Path, build: Callable[[Path], None]) -> Path:
+def _build_in_cache(path: Path, build: Callable[[Path], None]) -> bool:
+    """Build under the entry's lock; False after a warning if the folder cannot be used."""
+    try:
+        if not _is_private(path.parent):
+            raise PermissionError(errno.EPERM, "others may write to it")
+        if not path.is_dir():  # another process may have built it meanwhile
+            _build(path, build)
+        return True
+    except OSError as error:
+        _warn(
+            f"The kernel cache {path.parent} cannot be used ({error.strerror}): "
+            "the kernel is compiled at every start"
+        )
+        return False
+
+
+def _build(path: Path, build: Callable[[Path], None]) -> None:
     unfinished = _beside(path, ".tmp")
     _remove(unfinished)
     unfinished.mkdir(mode=0o700)
@@ -209,7 +222,6 @@ def _build(path: Path, build: Callable[[Path], None]) -> Path:
         _flush(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return path
 
 
 @contextlib.contextmanager
