@@ -46,7 +46,7 @@ MISTRAL = {"model_type": "mistral", **BASE, "head_dim": 16}
 QWEN2 = {"model_type": "qwen2", **BASE, "tie_word_embeddings": True}
 QWEN3 = {"model_type": "qwen3", **BASE, "head_dim": 24, "tie_word_embeddings": True}
 SMOLLM3 = {"model_type": "smollm3", **BASE, "num_hidden_layers": 4, "tie_word_embeddings": True}
-# heads of 20 channels, 15 % or more of them not rotated: 72 / 6 gives 12, so phi3 has its own size
+# phi3 has no head_dim of its own: 80 / 4 gives heads of 20 channels, of which 0.8 can be rotated
 PHI3 = {"model_type": "phi3", **BASE, "hidden_size": 80, "num_attention_heads": 4}
 LONGROPE = _rope(
     "longrope",

@@ -308,7 +308,7 @@ def test_a_header_length_that_makes_no_sense_is_refused(tmp_path, checkpoint, le
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_a_mutated_file_is_loaded_or_refused_with_one_sentence(tmp_path, checkpoint, data):

@@ -277,7 +277,7 @@ def assert_one_sentence(error):
     assert len(text) < 400
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(sorted(VARIANTS)),
     st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=2),
