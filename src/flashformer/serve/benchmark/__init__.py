@@ -1,0 +1,1 @@
+"""What `flashformer bench` measures, checks and reports."""

@@ -1,0 +1,68 @@
+"""Whether the kernel that is measured computes: run before the clock, reported with the speed.
+
+Steps -> `Checks`
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from flashformer.backends.base import Float32
+from flashformer.serve.benchmark.steps import Steps, copied
+
+PROMPT_TOKENS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What was found; a speed is reported only if all of it holds."""
+
+    logits_finite: bool
+    logits_vary: bool  # neither all equal nor blind to the input
+    repeat_bit_equal: bool  # the same step twice gives the same bits
+    prompt_equals_decode: bool  # a prompt in one chunk = the same tokens one by one, to rounding
+    batch_row_equals_alone: bool  # row b of a batch = the same sequence alone, bit by bit
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks hold."""
+        return all(asdict(self).values())
+
+    def failed(self) -> list[str]:
+        """Names of the checks that do not hold."""
+        return [name for name, holds in asdict(self).items() if not holds]
+
+
+def run_checks(steps: Steps, batch: int) -> Checks:
+    """Run a few short steps on slots 0 .. batch - 1 and compare what must agree.
+
+    Chunk and single steps may sum in another order, so they are compared to rounding: the
+    difference of float32 sums over `hidden_size` terms stays far below 1 % of the logits' spread,
+    while a wrong position, page or weight shifts them by the spread itself.
+    """
+    slots = np.arange(batch, dtype=np.int32)
+    prompts = [steps.random_ids(PROMPT_TOKENS + 1, slot) for slot in range(batch)]
+    last = np.array([prompt[-1] for prompt in prompts], np.int32)
+
+    for slot, prompt in enumerate(prompts):
+        steps.prompt(slot, 0, prompt[:-1])
+    together = copied(steps.decode(last, PROMPT_TOKENS, slots))
+    again = copied(steps.decode(last, PROMPT_TOKENS, slots))
+    alone = [
+        copied(steps.decode(last[i : i + 1], PROMPT_TOKENS, slots[i : i + 1])) for i in range(batch)
+    ]
+    chunk = copied(steps.prompt(0, 0, prompts[0]))[0]
+    other = copied(steps.prompt(0, 0, prompts[0][::-1].copy()))[0]
+
+    spread = float(np.std(together[0])) if np.isfinite(together).all() else 0.0
+    return Checks(
+        logits_finite=bool(np.isfinite(together).all()),
+        logits_vary=bool(spread > 0.0 and np.any(chunk != other)),
+        repeat_bit_equal=_same_bits(together, again),
+        prompt_equals_decode=bool(np.max(np.abs(chunk - together[0])) <= 0.01 * spread),
+        batch_row_equals_alone=_same_bits(together, np.concatenate(alone)),
+    )
+
+
+def _same_bits(a: Float32, b: Float32) -> bool:
+    return a.tobytes() == b.tobytes()

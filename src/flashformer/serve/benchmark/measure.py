@@ -1,0 +1,50 @@
+"""Times every case in turn, and the plain reading of memory between them.
+
+backend + cases -> `Measured`
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from flashformer.serve.benchmark.cases import Case
+from flashformer.serve.benchmark.steps import Steps
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Samples of one backend: as many of each as there were rounds."""
+
+    read_gb_s: list[float]
+    seconds: dict[Case, list[float]]
+
+
+def measure(
+    steps: Steps,
+    cases: list[Case],
+    repeats: int,
+    read_bandwidth: Callable[[], float],
+    progress: Callable[[str, int, int], None],
+) -> Measured:
+    """Run `repeats` rounds: read the memory, then each case once, then again from the start.
+
+    A slow minute of the machine so falls on all cases and on the bandwidth alike, instead of on
+    the one that happened to run. Every case is warmed up before the first round.
+    """
+    deep = [case for case in cases if case.depth]
+    if deep:
+        steps.fill(max(c.depth for c in deep), max(c.batch for c in deep))
+    for case in cases:
+        steps.run(_warm_up(case))
+    seconds: dict[Case, list[float]] = {case: [] for case in cases}
+    reads: list[float] = []
+    for number in range(repeats):
+        reads.append(read_bandwidth())
+        for idx, case in enumerate(cases):
+            seconds[case].append(steps.run(case))
+            progress("measuring", number * len(cases) + idx + 1, repeats * len(cases))
+    return Measured(reads, seconds)
+
+
+def _warm_up(case: Case) -> Case:
+    """The same code and pages with fewer tokens: a whole prompt, two tokens of decoding."""
+    return case if case.kind == "pp" else replace(case, tokens=min(case.tokens, 2))

@@ -1,0 +1,91 @@
+"""The command line: reads the arguments, calls one verb, ends with one exit code.
+
+argv -> exit code
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from flashformer import __version__
+from flashformer.serve.bench import bench
+from flashformer.serve.cache import cache_app
+from flashformer.serve.chat import chat
+from flashformer.serve.compile import compile_model
+from flashformer.serve.doctor import doctor
+from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK, failure_of, report
+from flashformer.serve.inspect import inspect_model
+from flashformer.serve.plan import show_plan
+from flashformer.serve.run import run
+
+app = typer.Typer(
+    name="flashformer",
+    help="Whole-model kernels for low-batch LLM decoding.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run)
+app.command("chat")(chat)
+app.command("inspect")(inspect_model)
+app.command("plan")(show_plan)
+app.command("compile")(compile_model)
+app.command("bench")(bench)
+app.command("doctor")(doctor)
+app.add_typer(cache_app, name="cache")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"flashformer {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def execute(argv: Sequence[str]) -> int:
+    """Run one command line; the answer goes to stdout, everything else to stderr.
+
+    Every error becomes one line (`error: ...`), or `{"error": {...}}` on stdout with `--json`;
+    a traceback is shown with `--debug` alone. A reader that closes the pipe is no error.
+    """
+    try:
+        code = app(args=list(argv), prog_name="flashformer", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return _leave_closed_pipe()
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        failure = failure_of(error)
+        report(failure, as_json="--json" in argv)
+        return failure.exit_code
+
+
+def _leave_closed_pipe() -> int:
+    # The interpreter flushes stdout once more at its end; there it must not fail again.
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
+    return EXIT_OK
+
+
+def main() -> None:
+    """Entry point of the `flashformer` script."""
+    sys.exit(execute(sys.argv[1:]))

@@ -1,0 +1,75 @@
+"""From flags to a loaded model, or to its plan alone.
+
+`LoadOptions` -> `LLM` | `Plan`
+"""
+
+from dataclasses import dataclass
+
+from flashformer.backends import machine_of
+from flashformer.codegen.cache import cache_dir
+from flashformer.engine.llm import DEFAULT_CONTEXT, LLM, QUANTS
+from flashformer.errors import UsageError
+from flashformer.model.checkpoint import Checkpoint
+from flashformer.model.default import default_checkpoint
+from flashformer.model.spec import ModelSpec
+from flashformer.model.weights import CheckpointWeights
+from flashformer.plan.plan import Plan, PlanOptions, make_plan
+from flashformer.plan.planner import longest_context
+from flashformer.serve.terminal import Terminal
+
+NOISE = "no --model: this is the embedded default, small and random; its text is noise"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """The flags that decide what is loaded, and how."""
+
+    model: str | None  # None: the embedded default
+    device: str
+    quant: str | None
+    context: int | None
+    threads: int | None
+    max_batch: int = 1  # one person, one answer at a time
+
+
+def load_llm(options: LoadOptions, terminal: Terminal) -> LLM:
+    """Load the model with progress bars; says so if its text will be noise."""
+    if options.model is None:
+        terminal.note(NOISE)
+    llm = LLM(
+        options.model,
+        device=options.device,
+        max_batch=options.max_batch,
+        context=options.context,
+        quant=options.quant,
+        threads=options.threads,
+        progress=terminal.progress,
+    )
+    terminal.clear()
+    return llm
+
+
+def open_checkpoint(model: str | None) -> Checkpoint:
+    """The checkpoint of a folder or hub id; None: the embedded default."""
+    return Checkpoint.open(default_checkpoint(cache_dir()) if model is None else model)
+
+
+def plan_of(options: LoadOptions) -> Plan:
+    """The plan that `load_llm` would run; no weight is read."""
+    checkpoint = open_checkpoint(options.model)
+    spec = ModelSpec.from_hf(checkpoint.config, checkpoint.generation_config)
+    weights = CheckpointWeights(checkpoint, spec)
+    chosen = plan_options(spec, options.quant or weights.dtype, options)
+    return make_plan(spec, machine_of(options.device, options.threads), chosen)
+
+
+def plan_options(spec: ModelSpec, weight_format: str, options: LoadOptions) -> PlanOptions:
+    """What the flags mean for the planner."""
+    if options.quant is not None and options.quant not in QUANTS:
+        raise UsageError(f"--quant takes {', '.join(QUANTS)}, not {options.quant!r}")
+    return PlanOptions(
+        format=weight_format,
+        head_format=weight_format,
+        context=options.context or min(longest_context(spec), DEFAULT_CONTEXT),
+        max_batch=options.max_batch,
+    )
