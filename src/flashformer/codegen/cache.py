@@ -99,6 +99,7 @@ def load_image(
     options = plan.options
     name = f"{plan.spec.model_type}-{options.format}-{options.head_format}-{key[:24]}"
     path = cache_dir() / "images" / (name + IMAGE_SUFFIX)
+    _sweep("images")
     if _read(path, image, meta, progress):
         return image
     with _entry_lock(path) as usable:
@@ -119,6 +120,7 @@ def compiled(kind: str, key_parts: Sequence[str | bytes], build: Callable[[Path]
     cache cannot be used, the folder is a temporary one that lives as long as the process.
     """
     path = cache_dir() / "kernels" / f"{kind}-{_digest(key_parts)[:24]}"
+    _sweep("kernels")
     with contextlib.suppress(OSError):
         if path.is_dir() and _is_private(path.parent):
             _touch(path)
@@ -233,7 +235,6 @@ def _entry_lock(path: Path) -> Iterator[bool]:
             path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.parent.mkdir(mode=0o700, exist_ok=True)
             usable = stack.enter_context(_locked(_beside(path, ".lock"), wait=True))
-            _sweep(path.parent.name)
         except OSError as error:
             _warn(f"The cache {path.parent} cannot be written ({error.strerror}): working without")
         yield usable
