@@ -25,7 +25,9 @@ class CompletionOutput:
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         for token_id, entries in zip(delta.token_ids, delta.logprobs, strict=False):
-            self.logprobs = [*(self.logprobs or ()), entries]
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs.append(entries)
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + entries[token_id].logprob
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
