@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flashformer.backends.base import StepBatch, StepResult
+from flashformer.engine.sampler import Draw, TokenCounts, sample
+from flashformer.engine.sampling import SamplingParams
 from flashformer.model.spec import LayerSpec, ModelSpec, RopeSpec
 from flashformer.plan.machine import Machine
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 
 PAGE_TOKENS = 4
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 MASK = (1 << 64) - 1
 
 
@@ -162,3 +165,35 @@ class FakeBackend:
             assert (np.diff(own) == 1).all(), "rows of a sequence are not in order of position"
             long_parts += len(own) > 1
         assert long_parts <= 1, "two prompt chunks in one step"
+
+
+def run(engine, limit=2000):
+    """All deltas until the engine is idle, with the page invariants checked after every step."""
+    deltas = []
+    for _ in range(limit):
+        if not engine.has_work:
+            return deltas
+        deltas += engine.step()
+        engine.kv_cache.check()
+    raise AssertionError("the engine does not come to an end")
+
+
+def tokens_of(deltas, request, index=0):
+    own = [d for d in deltas if d.request is request and d.index == index]
+    return [t for d in own for t in d.token_ids]
+
+
+def expected_tokens(prompt, params, seed, max_tokens, index=0, eos=(1,), vocab_size=64):
+    """The tokens by the definition alone, without pages, batches or chunks."""
+    tokens = list(prompt)
+    counts = TokenCounts(prompt)
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
+    for step in range(max_tokens):
+        forbidden = sorted(stops) if step < params.min_tokens else []
+        draw = Draw(seed, len(tokens), index)
+        token = sample(true_logits(tokens, vocab_size), params, draw, counts, forbidden)
+        counts.add(token)
+        tokens.append(token)
+        if token in stops:
+            break
+    return tokens[len(prompt) :]
