@@ -91,6 +91,8 @@ def unpack_rows(plan: Plan, image: Image, matrix: Matrix, rows: npt.NDArray[Any]
 
 def unpack_tiles(plan: Plan, image: Image, matrix: Matrix, first: int, end: int) -> Float32:
     """Tiles `first` .. `end` as stored, padding rows included: float32 [16 x tiles, cols]."""
+    if first == end:  # a CTA without tiles
+        return np.zeros((0, matrix.cols), np.float32)
     blocks, row_scales = _tile_views(image, matrix, first, end)
     weight_format = matrix.weight_format
     scale_bytes = weight_format.block_scale_bytes
