@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,15 @@ def _is_cuda(device: str) -> bool:
 
 
 def _has_gpu() -> bool:
-    """Whether the CUDA backend's packages are installed and see a GPU; torch only if installed."""
+    """Whether the CUDA backend's packages are installed and see a GPU.
+
+    The driver is asked first: importing torch takes seconds.
+    """
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuInit(0):
+            return False
+    except OSError:
+        return False
     try:
         if any(importlib.util.find_spec(name) is None for name in CUDA_PACKAGES):
             return False

@@ -28,6 +28,8 @@ FLAGS = (
     "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
+    # Exported tables are one per process under g++: a second model would read those of the first.
+    "-fvisibility=hidden",
     "-ffp-contract=off",  # a multiply-add is fused where the source says so, or bits would differ
 )
 TARGET_FLAGS = {"neon": ("-mcpu=native",), "scalar": ("-DFLASHFORMER_SCALAR",)}

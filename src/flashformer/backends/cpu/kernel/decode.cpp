@@ -51,6 +51,7 @@ static u8* map_memory(i64 bytes) {
   return memory == MAP_FAILED ? nullptr : static_cast<u8*>(memory);
 }
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Null if there is no memory or no threads to be had.
@@ -102,3 +103,4 @@ double decoder_read_bandwidth(Decoder* decoder, const u8* data, i64 bytes, doubl
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
