@@ -5,6 +5,7 @@ argv -> exit code
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -68,22 +69,32 @@ def execute(argv: Sequence[str]) -> int:
         return code if isinstance(code, int) else EXIT_OK
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except SystemExit as leaving:
+        # The parser turns a closed pipe, and nothing else, into this.
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        _drop_stdout()
+        return EXIT_OK
     except BrokenPipeError:
-        return _leave_closed_pipe()
+        _drop_stdout()
+        return EXIT_OK
     except Exception as error:
         if "--debug" in argv:
-            raise
+            traceback.print_exc()
         failure = failure_of(error)
-        report(failure, as_json="--json" in argv)
+        try:
+            report(failure, as_json="--json" in argv)
+        except OSError:  # stdout itself is what failed
+            _drop_stdout()
+            report(failure, as_json=False)
         return failure.exit_code
 
 
-def _leave_closed_pipe() -> int:
-    # The interpreter flushes stdout once more at its end; there it must not fail again.
+def _drop_stdout() -> None:
+    """Send what is left to nowhere: the interpreter flushes once more at its end."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, sys.stdout.fileno())
     os.close(devnull)
-    return EXIT_OK
 
 
 def main() -> None:

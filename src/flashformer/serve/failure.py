@@ -54,7 +54,7 @@ def report(failure: Failure, as_json: bool) -> None:
         error = {"type": failure.kind, "message": failure.message, "code": failure.exit_code}
         write_json({"error": error})
     else:
-        sys.stdout.flush()
+        sys.stdout.flush()  # before the error, as it happened
         sys.stderr.write(f"error: {failure.message}\n")
 
 
@@ -62,7 +62,7 @@ def _os_message(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in _FULL_DISK:
         return (
-            f"{where}the disk is full ({error.strerror}); free some space, or set "
-            "FLASHFORMER_CACHE_DIR to a folder on another disk"
+            f"{where or 'standard output: '}the disk is full ({error.strerror}); free some space, "
+            "or set FLASHFORMER_CACHE_DIR to a folder on another disk"
         )
     return f"{where}{error.strerror or one_line(str(error))}"
