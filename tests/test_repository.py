@@ -19,9 +19,9 @@ ADR_HEADINGS = ["Status", "Context", "Decision", "Consequences"]
 # Built from pieces, so that this file does not contain what it forbids.
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.])/(?:work|root|home|Users|mnt|scratch)/\w",
-    "pickle": r"\bpick" + r"le\b",
-    "eval": r"(?<![\w.])ev" + r"al\(",
-    "torch.load": r"torch\.lo" + r"ad\b",
+    "objects that run code": r"\bpick" + r"le\b",
+    "evaluated text": r"(?<![\w.])ev" + r"al\(",
+    "checkpoints that run code": r"torch\.lo" + r"ad\b",
     "a template outside the sandbox": r"jinja2\.Env" + r"ironment\(",
     "a note to do something later": r"\bTO" + r"DO\b|\bFIX" + r"ME\b",
 }
@@ -103,7 +103,7 @@ def test_every_name_in_the_route_table_exists():
 def test_every_command_in_the_route_table_is_a_verb():
     from flashformer.serve.cli import app
 
-    verbs = {command.name for command in app.registered_commands}
+    verbs = {verb.name for verb in (*app.registered_commands, *app.registered_groups)}
     for row in route_rows():
         commands = re.findall(r"`flashformer (\w+)", row[3])
         assert commands, f"no command in {row}"

@@ -25,7 +25,7 @@ from flashformer.serve.run import run
 app = typer.Typer(
     name="flashformer",
     help="Whole-model kernels for low-batch LLM decoding.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
 )
@@ -47,6 +47,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -54,7 +55,8 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
 
 
 def execute(argv: Sequence[str]) -> int:

@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 from flashformer.codegen.header import render
+from flashformer.plan.check import MAX_BATCH
 from flashformer.plan.show import show
 from flashformer.serve import options
 from flashformer.serve.load import LoadOptions, plan_of
 from flashformer.serve.terminal import write_json
 
-Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences in one step.")]
+Batch = Annotated[
+    int, typer.Option("--batch", "-b", min=1, max=MAX_BATCH, help="Sequences in one step.")
+]
 Source = Annotated[bool, typer.Option("--source", help="Print the CPU kernel's config.h instead.")]
 
 

@@ -6,6 +6,9 @@ prompt lengths x generation lengths x depths x batches -> cases
 from dataclasses import dataclass
 
 from flashformer.errors import UsageError
+from flashformer.plan.check import MAX_BATCH
+
+MAX_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +35,14 @@ def make_cases(
     prompts: list[int], generations: list[int], depths: list[int], batches: list[int]
 ) -> list[Case]:
     """Every combination, prompts first; a length of 0 switches a test off."""
-    for name, values, least in (
-        ("-p", prompts, 0),
-        ("-n", generations, 0),
-        ("-d", depths, 0),
-        ("-b", batches, 1),
+    for name, values, least, most in (
+        ("-p", prompts, 0, MAX_TOKENS),
+        ("-n", generations, 0, MAX_TOKENS),
+        ("-d", depths, 0, MAX_TOKENS),
+        ("-b", batches, 1, MAX_BATCH),
     ):
-        if not values or min(values) < least:
-            raise UsageError(f"{name} takes numbers of at least {least}, separated by commas")
+        if not least <= min(values) <= max(values) <= most:
+            raise UsageError(f"{name} takes numbers from {least} to {most}, separated by commas")
     cases = [Case("pp", p, d, 1) for d in depths for p in prompts if p]
     cases += [Case("tg", n, d, b) for d in depths for b in batches for n in generations if n]
     if not cases:

@@ -32,7 +32,7 @@ def measure(
     """
     deep = [case for case in cases if case.depth]
     if deep:
-        steps.fill(max(c.depth for c in deep), max(c.batch for c in deep))
+        steps.fill(max(c.depth for c in deep), max(c.batch for c in deep), progress)
     for case in cases:
         steps.run(_warm_up(case))
     seconds: dict[Case, list[float]] = {case: [] for case in cases}

@@ -4,6 +4,7 @@ Backend -> seconds and logits
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -58,9 +59,10 @@ class Steps:
         positions = np.full(len(slots), position, np.int32)
         return self.rows(ids, positions, slots, np.arange(len(slots), dtype=np.int32))
 
-    def fill(self, depth: int, batch: int) -> None:
+    def fill(self, depth: int, batch: int, progress: Callable[[str, int, int], None]) -> None:
         """Give `batch` sequences `depth` positions of real keys and values."""
-        for slot in range(batch if depth else 0):
+        for slot in range(batch):
+            progress("filling contexts", slot, batch)
             self.prompt(slot, 0, self.random_ids(depth, slot), want_logits=False)
 
     def run(self, case: Case) -> float:
