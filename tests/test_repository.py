@@ -123,6 +123,11 @@ def test_the_readme_and_ci_run_the_same_test_command():
     assert f"\n{last}\n" in readme
 
 
+def test_the_readme_s_tables_are_those_of_the_result_files():
+    check = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    assert subprocess.run(check, check=False).returncode == 0, "run benchmarks/tables.py"
+
+
 def test_links_between_documents_lead_somewhere():
     broken = []
     for document in documents():
