@@ -9,7 +9,7 @@ inline constexpr int code_max = 32767;
 
 // Columns between two tokens' rows: whole blocks of every format, and a little more, so that the same
 // column of several tokens does not fall into the same set of the cache.
-constexpr i64 row_stride(int cols) { return (cols + 127) / 128 * 128 + 32; }
+constexpr i64 row_stride(int cols) { return (cols + 127) / 128 * 128 + 36; }
 constexpr i64 group_stride(int cols) { return (cols + 31) / 32 + 1; }
 
 // Rows of activations; zeros follow the last column up to a whole block of the weights.

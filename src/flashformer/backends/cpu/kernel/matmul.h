@@ -16,7 +16,7 @@ inline constexpr int max_tokens = simd::accumulators / (simd::lanes == 16 ? 2 : 
 inline constexpr int column_block = 256;  // columns that stay in the first-level cache between two passes
 inline constexpr int max_tiles = 4;  // side by side when there are few tokens: more loads in flight
 inline constexpr i64 unpacked_bytes = i64(column_block) * tile_rows * 4;
-inline constexpr i64 second_level_bytes = 256 << 10;  // activations that may stay there
+inline constexpr i64 second_level_bytes = 0;  // activations that may stay there
 
 // Sums of tiles x tokens, in memory [tile][token][16 rows].
 struct Sums {
@@ -67,7 +67,7 @@ template <Format format, int odd, int tiles, int tokens>
   for (int i = 0; i < tiles; ++i) {
     F32 w[tile_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < tile_vectors; ++v) w[v] = load_column<format, odd>(pair + i * stride, v);
+    for (int v = 0; v < tile_vectors; ++v) w[v] = kept(load_column<format, odd>(pair + i * stride, v));
 #pragma GCC unroll 16
     for (int j = 0; j < tokens; ++j) {
       const F32 value = splat(values[j * value_stride + odd]);
@@ -78,7 +78,7 @@ template <Format format, int odd, int tiles, int tokens>
 }
 
 // sums += blocks x columns `col` .. of tokens `token` ..
-template <Format format, int tiles, int tokens>
+template <Format format, bool prefetch, int tiles, int tokens>
 inline void add_float_products(Blocks blocks, const Activations& x, int token, int col, Sums sums) {
   constexpr Traits t = traits(format);
   constexpr int pair_bytes = t.block_bytes / t.block_cols * 2;
@@ -87,6 +87,7 @@ inline void add_float_products(Blocks blocks, const Activations& x, int token, i
   const float* values = x.values + token * x.stride + col;
   const u8* pair = blocks.at;
   for (int left = blocks.count * t.block_cols / 2; left > 0; --left, pair += pair_bytes, values += 2) {
+    if (prefetch)
 #pragma GCC unroll 8
     for (int i = 0; i < tiles; ++i)
 #pragma GCC unroll 2
@@ -112,12 +113,12 @@ template <Format format, bool unpacked, int pair, int tiles, int tokens>
     I32 w[tile_vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < tile_vectors; ++v)
-      w[v] = load_pair<format, unpacked, pair>(eight + i * stride, v);
+      w[v] = kept(load_pair<format, unpacked, pair>(eight + i * stride, v));
 #pragma GCC unroll 16
     for (int j = 0; j < tokens; ++j) {
       const I32 both = splat_i32(*(const i32*)(codes + j * code_stride + 2 * pair));
 #pragma GCC unroll 4
-      for (int v = 0; v < tile_vectors; ++v) totals[i][j][v] = dot(totals[i][j][v], w[v], both);
+      for (int v = 0; v < tile_vectors; ++v) totals[i][j][v] = kept(dot(totals[i][j][v], w[v], both));
     }
   }
 }
@@ -145,17 +146,12 @@ template <int tiles>
   for (int i = 0; i < tiles; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < tile_vectors; ++v) {
-      I32 word = load_i32((const u32*)(eight + i * stride) + v * lanes);
-      keep(word);
+      const I32 word = kept(load_i32((const u32*)(eight + i * stride) + v * lanes));
       const I32 upper = shift_right_i16<8>(word);
-      ones[i][0][v] = dot(ones[i][0][v], bit_and(word, low), both[0]);
-      sixteens[i][0][v] = dot(sixteens[i][0][v], bit_and(word, high), both[1]);
-      keep(ones[i][0][v]);
-      keep(sixteens[i][0][v]);
-      ones[i][0][v] = dot(ones[i][0][v], bit_and(upper, low), both[2]);
-      sixteens[i][0][v] = dot(sixteens[i][0][v], bit_and(upper, high), both[3]);
-      keep(ones[i][0][v]);
-      keep(sixteens[i][0][v]);
+      ones[i][0][v] = kept(dot(ones[i][0][v], bit_and(word, low), both[0]));
+      sixteens[i][0][v] = kept(dot(sixteens[i][0][v], bit_and(word, high), both[1]));
+      ones[i][0][v] = kept(dot(ones[i][0][v], bit_and(upper, low), both[2]));
+      sixteens[i][0][v] = kept(dot(sixteens[i][0][v], bit_and(upper, high), both[3]));
     }
 }
 
@@ -190,8 +186,6 @@ inline void add_integer_products(Blocks blocks, const u8* unpacked_codes, const 
   using namespace simd;
   constexpr Traits t = traits(format);
   constexpr int group_blocks = t.group_cols / t.block_cols;
-  Registers<tiles, tokens> acc;
-  load_sums<tiles, tokens>(acc, sums, token);
   const i16* codes = x.codes + token * x.stride + col;
   int group = col / t.group_cols;
   for (int b = 0; b < blocks.count; b += group_blocks, ++group, codes += t.group_cols) {
@@ -217,20 +211,20 @@ inline void add_integer_products(Blocks blocks, const u8* unpacked_codes, const 
     for (int i = 0; i < tiles; ++i)
 #pragma GCC unroll 16
       for (int j = 0; j < tokens; ++j) {
+        // The float sums stay in memory: the registers belong to the totals.
+        float* at_sums = sums.of(i, token + j);
         const F32 scale = splat(x.scales[(token + j) * x.groups + group]);
 #pragma GCC unroll 4
         for (int v = 0; v < tile_vectors; ++v) {
-          const F32 total = to_f32(totals[i][j][v]);
+          F32 total = to_f32(totals[i][j][v]), weight_scale = scale;
           if constexpr (t.group_scales) {
-            const F32 weight_scale = load_f16((const u16*)(block + i * blocks.stride) + v * lanes);
-            acc[i][j][v] = fma(mul(total, scale), weight_scale, acc[i][j][v]);
-          } else {
-            acc[i][j][v] = fma(total, scale, acc[i][j][v]);
+            total = mul(total, scale);
+            weight_scale = load_f16((const u16*)(block + i * blocks.stride) + v * lanes);
           }
+          store(at_sums + v * lanes, fma(total, weight_scale, load(at_sums + v * lanes)));
         }
       }
   }
-  store_sums<tiles, tokens>(acc, sums, token);
 }
 
 // The blocks of one tile as floats [col][16 rows] or as pairs of i16 [col pair][16 rows].
@@ -287,7 +281,7 @@ constexpr i64 fetch_ahead(int tiles) { return tiles == 4 ? 512 : 1024; }
 template <Format format, int tiles, int tokens>
 inline void add_products(Blocks blocks, const Activations& x, int token, int col, Sums sums) {
   if constexpr (is_float(format))
-    add_float_products<format, tiles, tokens>(blocks, x, token, col, sums);
+    add_float_products<format, true, tiles, tokens>(blocks, x, token, col, sums);
   else
     add_integer_products<format, false, tiles, tokens>(blocks, nullptr, x, token, col, sums);
 }
@@ -308,20 +302,25 @@ inline void multiply_in_registers(const u8* first_tile, i64 tile_bytes, int tile
                                       x, 0, 0, {sums.of(tile, 0), tokens});
 }
 
-// More tokens: a block of columns is unpacked once into the first-level cache and used for all.
+// More tokens: a block of columns in the first-level cache serves all of them, max_tokens in a pass.
+// It is unpacked once, but for float weights and two passes: there unpacking costs more than it saves.
 template <Format format>
-inline void multiply_unpacked(const u8* at, int count, const u8* next, const Activations& x, int col,
-                              u8* unpacked, Sums sums) {
-  unpack<format>(at, count, next, unpacked);
-  const int passes = (x.tokens + max_tokens - 1) / max_tokens;
+inline void multiply_block(const u8* at, int count, const u8* next, const Activations& x, int col, u8* unpacked,
+                           Sums sums) {
+  const int passes = (x.tokens + max_tokens - 1) / max_tokens, f32_blocks = count * traits(format).block_cols / 16;
+  const bool direct = is_float(format) && passes <= 2;
+  if (!direct) unpack<format>(at, count, next, unpacked);
   for (int pass = 0; pass < passes; ++pass) {
     const int token = x.tokens * pass / passes, end = x.tokens * (pass + 1) / passes;
     with_tokens<max_tokens>(end - token, [&](auto tokens) {
-      if constexpr (is_float(format))
-        add_float_products<Format::f32, 1, tokens()>({unpacked, 0, count * traits(format).block_cols / 16, 0},
-                                                     x, token, col, sums);
-      else
+      if constexpr (!is_float(format))
         add_integer_products<format, true, 1, tokens()>({at, 0, count, 0}, unpacked, x, token, col, sums);
+      else if (!direct)
+        add_float_products<Format::f32, false, 1, tokens()>({unpacked, 0, f32_blocks, 0}, x, token, col, sums);
+      else if (pass == 0)
+        add_float_products<format, true, 1, tokens()>({at, 0, count, next - at}, x, token, col, sums);
+      else
+        add_float_products<format, false, 1, tokens()>({at, 0, count, 0}, x, token, col, sums);
     });
   }
 }
@@ -333,7 +332,7 @@ inline void multiply_in_blocks(const u8* first_tile, i64 tile_bytes, int tiles, 
   constexpr int step = column_block / t.block_cols;
   const auto part = [&](int tile, int b, i64 to_next) {
     const u8* at = first_tile + tile * tile_bytes + i64(b) * t.block_bytes;
-    multiply_unpacked<format>(at, std::min(step, blocks - b), at + to_next, x, b * t.block_cols, unpacked,
+    multiply_block<format>(at, std::min(step, blocks - b), at + to_next, x, b * t.block_cols, unpacked,
                               {sums.of(tile, 0), x.tokens});
   };
   const i64 bytes = x.stride * x.tokens * i64(is_float(format) ? sizeof(float) : sizeof(i16));

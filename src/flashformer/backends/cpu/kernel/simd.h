@@ -11,7 +11,8 @@
 //   dot                 sum + a.low * b.low + a.high * b.high, exact
 //   to_i32              nearest even
 //   scale_by_power      v * 2^n, for normal results
-//   keep                the value passes through a register here: the compiler may not reorder sums
+//   kept                v, which passes through a register here: the compiler neither loads it again
+//                       nor regroups the sum that it is part of
 #pragma once
 
 #if defined(FLASHFORMER_SCALAR)

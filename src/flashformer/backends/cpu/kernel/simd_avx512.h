@@ -10,7 +10,10 @@ namespace simd {
 inline constexpr int lanes = 16;
 inline constexpr int accumulators = 24;
 using F32 = __m512;
-using I32 = __m512i;
+using I32 = __v16si;  // not __m512i, whose arrays g++ keeps in memory
+
+inline __m512i raw(I32 v) { return (__m512i)v; }
+inline I32 wrap(__m512i v) { return (I32)v; }
 
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 splat(float v) { return _mm512_set1_ps(v); }
@@ -47,42 +50,50 @@ inline void store_f16(u16* p, F32 v) {
   v = _mm512_max_ps(_mm512_sub_ps(zero(), limit), _mm512_min_ps(limit, v));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline F32 low_bf16(I32 v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+inline F32 low_bf16(I32 v) { return _mm512_castsi512_ps(_mm512_slli_epi32(raw(v), 16)); }
 inline F32 high_bf16(I32 v) {
-  return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536)));
+  return _mm512_castsi512_ps(_mm512_and_si512(raw(v), _mm512_set1_epi32(-65536)));
 }
 
-inline I32 zero_i32() { return _mm512_setzero_si512(); }
-inline I32 splat_i32(i32 v) { return _mm512_set1_epi32(v); }
-inline I32 load_i32(const void* p) { return _mm512_loadu_si512(p); }
-inline void store_i32(void* p, I32 v) { _mm512_storeu_si512(p, v); }
-inline I32 add_i32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
-inline I32 bit_and(I32 a, I32 b) { return _mm512_and_si512(a, b); }
+inline I32 zero_i32() { return wrap(_mm512_setzero_si512()); }
+inline I32 splat_i32(i32 v) { return wrap(_mm512_set1_epi32(v)); }
+inline I32 load_i32(const void* p) { return wrap(_mm512_loadu_si512(p)); }
+inline void store_i32(void* p, I32 v) { _mm512_storeu_si512(p, raw(v)); }
+inline I32 add_i32(I32 a, I32 b) { return wrap(_mm512_add_epi32(raw(a), raw(b))); }
+inline I32 bit_and(I32 a, I32 b) { return wrap(_mm512_and_si512(raw(a), raw(b))); }
 template <int bits>
-inline I32 shift_right_i16(I32 v) { return _mm512_srli_epi16(v, bits); }
+inline I32 shift_right_i16(I32 v) { return wrap(_mm512_srli_epi16(raw(v), bits)); }
 template <int bits>
-inline I32 shift_right_i32(I32 v) { return _mm512_srai_epi32(v, bits); }
-inline I32 sub_i16(I32 a, I32 b) { return _mm512_sub_epi16(a, b); }
+inline I32 shift_right_i32(I32 v) { return wrap(_mm512_srai_epi32(raw(v), bits)); }
+inline I32 sub_i16(I32 a, I32 b) { return wrap(_mm512_sub_epi16(raw(a), raw(b))); }
 inline I32 load_i8(const u8* p) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  return wrap(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)));
 }
 inline I32 dot(I32 sum, I32 a, I32 b) {
 #ifdef __AVX512VNNI__
-  return _mm512_dpwssd_epi32(sum, a, b);
+  return wrap(_mm512_dpwssd_epi32(raw(sum), raw(a), raw(b)));
 #else
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+  return wrap(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(raw(a), raw(b))));
 #endif
 }
-inline F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }
-inline I32 to_i32(F32 v) { return _mm512_cvtps_epi32(v); }
+inline F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(raw(v)); }
+inline I32 to_i32(F32 v) { return wrap(_mm512_cvtps_epi32(v)); }
 inline F32 scale_by_power(F32 v, I32 n) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(n, 23)));
+  const __m512i exponent = _mm512_slli_epi32(raw(n), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), exponent));
 }
-inline i32 sum_i32(I32 v) { return _mm512_reduce_add_epi32(v); }
+inline i32 sum_i32(I32 v) { return _mm512_reduce_add_epi32(raw(v)); }
 inline void store_i16(i16* p, I32 v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(v));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(raw(v)));
 }
-inline void keep(I32& v) { asm("" : "+v"(v)); }
+inline I32 kept(I32 v) {
+  asm("" : "+v"(v));
+  return v;
+}
+inline F32 kept(F32 v) {
+  asm("" : "+v"(v));
+  return v;
+}
 inline void pause() { _mm_pause(); }
 
 }  // namespace simd

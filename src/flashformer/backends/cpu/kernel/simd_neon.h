@@ -73,7 +73,14 @@ inline F32 scale_by_power(F32 v, I32 n) {
 }
 inline i32 sum_i32(I32 v) { return vaddvq_s32(v); }
 inline void store_i16(i16* p, I32 v) { vst1_s16(p, vqmovn_s32(v)); }
-inline void keep(I32& v) { asm("" : "+w"(v)); }
+inline I32 kept(I32 v) {
+  asm("" : "+w"(v));
+  return v;
+}
+inline F32 kept(F32 v) {
+  asm("" : "+w"(v));
+  return v;
+}
 inline void pause() { asm volatile("yield"); }
 
 }  // namespace simd

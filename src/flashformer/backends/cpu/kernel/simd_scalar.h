@@ -112,7 +112,8 @@ inline i32 sum_i32(I32 v) { return v.at[0] + v.at[1] + v.at[2] + v.at[3]; }
 inline void store_i16(i16* p, I32 v) {
   for (int i = 0; i < lanes; ++i) p[i] = i16(v.at[i]);
 }
-inline void keep(I32&) {}
+inline I32 kept(I32 v) { return v; }
+inline F32 kept(F32 v) { return v; }
 inline void pause() {}
 
 }  // namespace simd
