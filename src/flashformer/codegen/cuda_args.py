@@ -32,9 +32,11 @@ STEP_ARGS = (
     Field("page_table", POINTER, "const int", doc="[max_batch][max_pages]"),
     Field("out_tokens", POINTER, "int", doc="[num_steps][max_rows]"),
     Field("barrier", POINTER, "unsigned int", doc="the grid barrier's counter"),
+    Field("arrivals", POINTER, "unsigned int", doc="[max_rows][kv heads], zero"),
     Field(
         "watchdog", POINTER, "unsigned int", doc="[8], pinned host memory: first wait to time out"
     ),
+    Field("trace", POINTER, "unsigned long long", doc="[num_ctas][trace_moments], ns"),
     Field("wait_limit_ns", ctypes.c_uint64, doc="no wait lasts longer"),
     Field("barrier_start", ctypes.c_uint32, doc="value of the counter before the launch"),
     Field("x_bytes", ctypes.c_uint32, doc="shared memory of the activations"),

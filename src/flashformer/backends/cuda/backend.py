@@ -11,15 +11,15 @@ from cuda.bindings import driver
 from flashformer.backends.base import Int32, StepBatch, StepResult
 from flashformer.backends.cuda.compile import Cubin, compile_kernel
 from flashformer.codegen.cuda_args import STEP_ARGS, make_ctypes
-from flashformer.codegen.cuda_header import SLOT_BYTES, max_chunks
+from flashformer.codegen.cuda_header import SLOT_BYTES, WINDOW_BYTES, exchange_bytes, padded
 from flashformer.errors import FlashFormerError, OutOfMemoryError
 from flashformer.plan.plan import Plan
 
 StepArgs = make_ctypes("StepArgs", STEP_ARGS)
-THREADS = 288  # eight consumer warps and the producer: kernel/cta.cuh
+THREADS = 320  # eight consumer warps, the producer, the prefetcher: kernel/cta.cuh
 MAX_SLOTS = 16
 WAIT_LIMIT_NS = 2_000_000_000
-X_LIMIT_BYTES = 96 << 10  # wider activations are read from L2 instead of shared memory
+X_LIMIT_BYTES = 2 * (WINDOW_BYTES + 1024)  # wider activations come in windows, two at a time
 WAITS = (
     "",
     "a slot to be filled",
@@ -28,6 +28,7 @@ WAITS = (
     "the grid barrier",
     "the keys and values of the token before",
     "the last copies to land",
+    "a packet of another CTA",
 )
 
 
@@ -35,7 +36,11 @@ class CudaBackend:
     """Runs a plan on the current CUDA device. Not thread-safe."""
 
     def __init__(
-        self, plan: Plan, image: npt.NDArray[np.uint8] | torch.Tensor, num_pages: int
+        self,
+        plan: Plan,
+        image: npt.NDArray[np.uint8] | torch.Tensor,
+        num_pages: int,
+        trace_moments: int = 0,
     ) -> None:
         self._plan = plan
         self._num_pages = num_pages
@@ -44,17 +49,22 @@ class CudaBackend:
         self._layer = plan.spec.layers[0]
         self._image = torch.as_tensor(image).to(self._device)
         kv_bytes = num_pages * plan.machine.page_tokens * plan.spec.num_layers
-        kv_bytes *= 2 * self._layer.num_kv_heads * _padded(self._layer.head_dim) * 2
+        kv_bytes *= 2 * self._layer.num_kv_heads * padded(self._layer.head_dim) * 2
         self._kv = torch.zeros(kv_bytes, dtype=torch.uint8, device=self._device)
-        self._exchange = torch.zeros(_exchange_bytes(plan), dtype=torch.uint8, device=self._device)
+        self._packet_bytes, total = exchange_bytes(plan)
+        self._exchange = torch.zeros(total, dtype=torch.uint8, device=self._device)
         rows = plan.machine.max_rows
         self._logits = torch.zeros((rows, plan.spec.vocab_size), device=self._device)
-        self._barrier = torch.zeros(64, dtype=torch.int32, device=self._device)
+        counters = 64 + rows * self._layer.num_kv_heads
+        self._counters = torch.zeros(counters, dtype=torch.int32, device=self._device)
         self._watchdog = torch.zeros(8, dtype=torch.int32, pin_memory=True)
         self._page_table: torch.Tensor | None = None
         self._page_table_host: Int32 | None = None
         self._barrier_start = 0
-        self.cubin: Cubin = compile_kernel(plan)
+        self.cubin: Cubin = compile_kernel(plan, trace_moments=trace_moments)
+        self.trace = torch.zeros(
+            (plan.machine.num_ctas, max(1, trace_moments)), dtype=torch.int64, device=self._device
+        )
         self._load(self.cubin)
 
     @property
@@ -115,7 +125,9 @@ class CudaBackend:
         args.image, args.kv = self._image.data_ptr(), self._kv.data_ptr()
         args.exchange, args.logits = self._exchange.data_ptr(), self._logits.data_ptr()
         args.page_table, args.out_tokens = self._page_table.data_ptr(), out.data_ptr()
-        args.barrier, args.watchdog = self._barrier.data_ptr(), self._watchdog.data_ptr()
+        args.barrier, args.arrivals = self._counters.data_ptr(), self._counters[64:].data_ptr()
+        args.watchdog = self._watchdog.data_ptr()
+        args.trace = self.trace.data_ptr()
         args.wait_limit_ns = WAIT_LIMIT_NS
         args.barrier_start = self._barrier_start
         args.x_bytes = self.x_bytes(rows)
@@ -130,24 +142,23 @@ class CudaBackend:
             while first > 0 and slots[first - 1] == slots[i]:
                 first -= 1
             args.bases[i] = int(positions[first])
+        self._exchange[: self._packet_bytes].fill_(255)  # no packet has the first tag
         self._launch(args)
         result = out.cpu().numpy()[:, :rows]
         self._check_watchdog()
-        stages = stop_after_stage or num_steps * (5 * self._plan.spec.num_layers + 1)
-        self._barrier_start = (
-            self._barrier_start + stages * self._plan.machine.num_ctas
-        ) % 2**32
+        if not stop_after_stage:
+            arrivals = num_steps * self._plan.machine.num_ctas
+            self._barrier_start = (self._barrier_start + arrivals) % 2**32
         return result
 
     def x_bytes(self, rows: int) -> int:
         """Shared memory of the activations of `rows` rows (and the scratch of attention)."""
         spec, layer = self._plan.spec, self._layer
         need = [_attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)]
-        need.append(rows * (_padded(spec.hidden_size) * 2 + 32))
+        need.append(rows * (padded(spec.hidden_size) * 2 + 32))
         for cols in (layer.q_rows, layer.intermediate_size):
-            wide = rows * (_padded(cols) * 2 + 32)
-            if wide <= X_LIMIT_BYTES:
-                need.append(wide)
+            wide = rows * (padded(cols) * 2 + 32)
+            need.append(min(wide, X_LIMIT_BYTES))
         return -(-max(need) // 128) * 128
 
     def num_slots(self, rows: int) -> int:
@@ -182,7 +193,7 @@ class CudaBackend:
                 driver.cuLaunchKernel(
                     function,
                     *(self._plan.machine.num_ctas, 1, 1),
-                    *(THREADS, 1, 1),
+                    *(288, 1, 1),
                     args.num_slots * SLOT_BYTES,
                     stream.cuda_stream,
                     ctypes.addressof(pointers),
@@ -243,47 +254,23 @@ class CudaBackend:
         )
 
     def _check_watchdog(self) -> None:
-        kind, cta, warp, expected, seen = (int(x) for x in self._watchdog[:5])
+        kind, cta, warp = (int(x) for x in self._watchdog[:3])
         if kind == 0:
             return
         self._watchdog.zero_()
-        self._barrier.zero_()
+        self._counters.zero_()
         self._barrier_start = 0
         raise FlashFormerError(
             f"the kernel gave up after {WAIT_LIMIT_NS / 1e9:.0f} s: CTA {cta}, warp {warp} waited "
-            f"for {WAITS[kind]} (expected {expected}, saw {seen}); the step was abandoned"
+            f"for {WAITS[kind]}; the step was abandoned"
         )
-
-
-def _padded(cols: int) -> int:
-    return -(-cols // 16) * 16
 
 
 def _attention_scratch(head_dim: int, group: int) -> int:
     """AttentionScratch of kernel/attention.cuh."""
-    return 3 * _padded(head_dim) * 32 + 8 * 32 * 4 + 8 * group * 64 * 4
-
-
-def _exchange_bytes(plan: Plan) -> int:
-    """Exchange of kernel/hidden.cuh."""
-    layer, rows = plan.spec.layers[0], plan.machine.max_rows
-    hidden = _padded(plan.spec.hidden_size)
-    partials = rows * layer.num_kv_heads * max_chunks(plan, layer)
-    partials *= layer.num_q_heads // layer.num_kv_heads
-    sizes = [
-        rows * hidden * 2,
-        rows * hidden * 2,
-        rows * _padded(layer.q_rows) * 2,
-        rows * _padded(layer.intermediate_size) * 2,
-        rows * layer.qkv_rows * 4,
-        2 * rows * (hidden // 16) * 4,
-        rows * plan.machine.num_ctas * 4,
-        rows * plan.machine.num_ctas * 4,
-        rows * layer.num_kv_heads * 4,
-        partials * 2 * 4,
-        partials * _padded(layer.head_dim) * 4,
-    ]
-    return sum(-(-size // 256) * 256 for size in sizes)
+    output_dims = min(padded(head_dim), 128) if group <= 4 else 64
+    floats = 8 * padded(head_dim) + 8 * 32 + 8 * group * output_dims
+    return 3 * padded(head_dim) * 32 + 4 * floats
 
 
 def _check(result: tuple[Any, ...]) -> Any:

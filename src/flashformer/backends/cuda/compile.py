@@ -21,15 +21,19 @@ class Cubin:
     log: str
 
 
-def compile_kernel(plan: Plan, name: str = "decode") -> Cubin:
+def compile_kernel(plan: Plan, name: str = "decode", trace_moments: int = 0) -> Cubin:
     """Compile kernel/`name`.cu for `plan.machine.arch`; raises `CompileError` with NVRTC's log."""
     from cuda.bindings import nvrtc
 
     headers = {path.name: path.read_bytes() for path in sorted(KERNEL_DIR.glob("*.cuh"))}
-    headers["config.h"] = render_cuda(plan).encode()
+    headers["config.h"] = render_cuda(plan, trace_moments).encode()
     source = (KERNEL_DIR / f"{name}.cu").read_bytes()
     status, program = nvrtc.nvrtcCreateProgram(
-        source, f"{name}.cu".encode(), len(headers), list(headers.values()), [n.encode() for n in headers]
+        source,
+        f"{name}.cu".encode(),
+        len(headers),
+        list(headers.values()),
+        [n.encode() for n in headers],
     )
     _check(status)
     options = [f"--gpu-architecture={plan.machine.arch}", "--std=c++20", "--ptxas-options=-v"]

@@ -8,18 +8,18 @@
 #pragma once
 #include "hidden.cuh"
 
-constexpr int head_dim_padded = padded(config::head_dim);
 constexpr int dim_blocks = head_dim_padded / 16;
 constexpr u32 page_bytes = config::page_tokens * head_dim_padded * 2;  // keys, or values, of one kv head
 constexpr int page_blocks = config::page_tokens / 16;
 constexpr int min_chunk_pages = 2;
 static_assert(config::group <= 16, "the query heads of a kv head are the 16 rows of one mma");
+static_assert(config::head_dim % 8 == 0, "a head is a whole number of packets");
 static_assert(page_bytes <= config::slot_bytes, "a page of keys of one head must fit a slot");
 
 // Bytes of an element within a page of keys / of values.
 __device__ __forceinline__ u32 key_offset(int token, int dim) {
-  const int word = token % 16 / 8 * 2 + dim % 16 / 8;
-  return (token / 16 * dim_blocks + dim / 16) * 512 + (token % 8 * 4 + dim % 8 / 2) * 16 + word * 4 + dim % 2 * 2;
+  const int word = token % 16 / 8 * 2 + dim % 4 / 2;
+  return (token / 16 * dim_blocks + dim / 16) * 512 + (token % 8 * 4 + dim % 16 / 4) * 16 + word * 4 + dim % 2 * 2;
 }
 __device__ __forceinline__ u32 value_offset(int token, int dim) {
   const int word = dim % 16 / 8 * 2 + token % 16 / 8;
@@ -65,8 +65,9 @@ __device__ __forceinline__ const u8* page_at(const Cta& cta, int layer, int page
   return cta.args.kv + ((u64(layer) * cta.args.num_pages + page) * config::num_kv_heads + kv_head) * (2 * page_bytes);
 }
 
-__device__ void stream_past(RingWriter& ring, int layer, int step) {
-  Cta& cta = ring.cta;
+template <class Sink>
+__device__ __forceinline__ void stream_past(Sink& ring, int layer, int step) {
+  const Cta& cta = ring.cta;
   for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
     const int* table = cta.args.page_table + cta.args.slots[row] * cta.args.max_pages + past.first_page;
     const int end = min(past.num_pages, (chunk + 1) * past.chunk_pages);
@@ -81,65 +82,77 @@ __device__ void stream_past(RingWriter& ring, int layer, int step) {
   });
 }
 
+constexpr int output_dims = config::group <= 4 ? (head_dim_padded < 128 ? head_dim_padded : 128) : 64;
+
+// In the shared memory of the activations, which nobody needs during attention. backend.py knows its size.
 struct AttentionScratch {
-  u8* query;    // [dim_blocks][512]: operand A
-  u8* keys;     // [dim_blocks][512]: the step's own keys (of the row's sequence), 16 positions from base on
-  u8* values;   // likewise
-  float* stats;   // [num_consumer_warps][16][2]: maximum, sum
-  float* output;  // [num_consumer_warps][group][64]
+  u8* query;     // [dim_blocks][512]: operand A
+  u8* keys;      // [dim_blocks][512]: the step's own keys (of the row's sequence), 16 positions from base on
+  u8* values;    // likewise
+  float* heads;  // [num_consumer_warps][head_dim_padded]
+  float* stats;  // [num_consumer_warps][16][2]: maximum, sum
+  float* output; // [num_consumer_warps][group][output_dims]
 
   __device__ explicit AttentionScratch(u8* p)
       : query(p), keys(p + dim_blocks * 512), values(p + 2 * dim_blocks * 512),
-        stats(reinterpret_cast<float*>(p + 3 * dim_blocks * 512)), output(stats + num_consumer_warps * 32) {}
+        heads(reinterpret_cast<float*>(p + 3 * dim_blocks * 512)), stats(heads + num_consumer_warps * head_dim_padded),
+        output(stats + num_consumer_warps * 32) {}
 };
 
-// cos and sin of position * frequency; reduced to [-pi, pi] in two steps, exact to a few 1e-7 for positions < 2^20.
-__device__ __forceinline__ float2 rotation(float angle) {
-  const float turns = rintf(angle * 0.15915494309189535f);
-  float r = fmaf(-turns, 6.28125f, angle);
-  r = fmaf(-turns, 1.9353071795864769e-3f, r);
-  float s, c;
-  __sincosf(r, &s, &c);
-  return make_float2(c, s);
-}
+constexpr int head_packets = config::head_dim / 4;
+constexpr int packets_a_lane = (head_packets + 31) / 32;
 
-// One head of q or k of one row: RMSNorm (if the model has it), rotary embedding; one warp. store(dim, value).
-template <class Store>
-__device__ void load_head(Cta& cta, const float* source, const float* norm, int rope_idx, int position,
-                          Store&& store) {
-  constexpr int per_lane = (config::head_dim + 31) / 32;
-  float* head = &cta.shared.red[0][0][0] + cta.warp * (2 * max_rows * red_stride);  // idle during attention
-  float v[per_lane];
-  float square = 0;
+// One head of q, k or v of one row from its packets; then, for q and k, RMSNorm (if the model has it) and rotary
+// embedding. One warp; store(dim, value).
+template <bool rotate, class Store>
+__device__ __forceinline__ void load_head(const Cta& cta, float* head, const float* source, u32 tag, const float* norm,
+                                          int rope_idx, int row, Store&& store) {
+  Vec16 packet[packets_a_lane];
+  float weight[packets_a_lane][4];
 #pragma unroll
-  for (int j = 0; j < per_lane; ++j) {
-    const int dim = cta.lane + 32 * j;
-    v[j] = dim < config::head_dim ? ld_cg_f32(source + dim) : 0.f;
-    square += v[j] * v[j];
-  }
-  if constexpr (config::qk_norm) {
-    const float rstd = rsqrtf(warp_sum(square) / config::head_dim + config::rms_norm_eps);
+  for (int j = 0; j < packets_a_lane; ++j) {
+    const int at = cta.lane + 32 * j;
+    if (at >= head_packets) continue;
+    packet[j] = ld_relaxed_gpu_b128(source + 4 * at);
+    if constexpr (rotate && config::qk_norm) {
 #pragma unroll
-    for (int j = 0; j < per_lane; ++j) {
-      const int dim = cta.lane + 32 * j;
-      if (dim < config::head_dim) v[j] *= rstd * norm[dim];
+      for (int e = 0; e < 4; ++e) weight[j][e] = norm[4 * at + e];
     }
   }
+  float square = 0;
 #pragma unroll
-  for (int j = 0; j < per_lane; ++j) {
-    if (cta.lane + 32 * j < config::head_dim) head[cta.lane + 32 * j] = v[j];
+  for (int j = 0; j < packets_a_lane; ++j) {
+    const int at = cta.lane + 32 * j;
+    if (at >= head_packets) continue;
+    await_packet<Payload::single>(cta, packet[j], source + 4 * at, tag);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) square += __uint_as_float(packet[j].w[e]) * __uint_as_float(packet[j].w[e]);
+  }
+  float rstd = 1;
+  if constexpr (rotate && config::qk_norm) {
+    rstd = rsqrtf(warp_sum(square) / config::head_dim + config::rms_norm_eps);
+  }
+#pragma unroll
+  for (int j = 0; j < packets_a_lane; ++j) {
+    const int at = cta.lane + 32 * j;
+    if (at >= head_packets) continue;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float value = __uint_as_float(packet[j].w[e]);
+      if constexpr (rotate && config::qk_norm) value *= rstd * weight[j][e];
+      head[4 * at + e] = value;
+    }
   }
   __syncwarp();
   constexpr int half = config::rotary_dim / 2;
-#pragma unroll
-  for (int j = 0; j < per_lane; ++j) {
-    const int dim = cta.lane + 32 * j;
-    if (dim >= config::head_dim) continue;
-    float value = v[j];
-    if (rope_idx >= 0 && dim < config::rotary_dim) {
-      const float2 cs = rotation(static_cast<float>(position) * vector_at(cta, rope_table[rope_idx].inv_freq)[dim % half]);
-      const float other = dim < half ? -head[dim + half] : head[dim - half];
-      value = (value * cs.x + other * cs.y) * rope_table[rope_idx].attention_factor;
+  for (int dim = cta.lane; dim < config::head_dim; dim += 32) {
+    float value = head[dim];
+    if constexpr (rotate && half > 0) {
+      if (rope_idx >= 0 && dim < config::rotary_dim) {
+        const float2 turn = cta.shared.rotation[rope_idx][row][dim % half];
+        const float other = dim < half ? -head[dim + half] : head[dim - half];
+        value = value * turn.x + other * turn.y;
+      }
     }
     store(dim, value);
   }
@@ -149,47 +162,51 @@ __device__ void load_head(Cta& cta, const float* source, const float* norm, int 
 __device__ __forceinline__ u16 bf16_bits(float v) { return static_cast<u16>(cvt_bf16x2(v, 0.f)); }
 
 // Query heads of the unit into operand A, and the step's own keys and values into one block of 16 positions.
-__device__ void prepare_unit(Cta& cta, const AttentionScratch& scratch, const Exchange& exchange, int layer, int step,
-                             int row, int kv_head, bool with_own) {
+__device__ __forceinline__ void prepare_unit(const Cta& cta, const AttentionScratch& scratch, const Exchange& exchange,
+                                             int layer, int step, u32 tag, int row, int kv_head, bool with_own) {
   const LayerTable& table = layer_table[layer];
-  const int base = cta.args.bases[row] + step;
-  const int num_own = with_own ? cta.args.positions[row] + step - base + 1 : 0;
-  for (int i = cta.thread; i < 2 * dim_blocks * 128; i += num_consumers) {  // keys and values: padding must be finite
-    reinterpret_cast<u32*>(scratch.keys)[i] = 0;
+  const int num_own = with_own ? cta.args.positions[row] - cta.args.bases[row] + 1 : 0;
+  // Values beyond num_own meet weights of zero and must be finite; so must the padding of every head.
+  constexpr int vecs = dim_blocks * 32;
+  u8* clear = head_dim_padded == config::head_dim ? scratch.values : scratch.query;
+  for (int i = cta.thread; i < (head_dim_padded == config::head_dim ? vecs : 3 * vecs); i += num_consumers) {
+    reinterpret_cast<Vec16*>(clear)[i] = Vec16{};
   }
-  for (int i = cta.thread; i < dim_blocks * 128; i += num_consumers) reinterpret_cast<u32*>(scratch.query)[i] = 0;
   cta.consumer_sync();
+  float* head = scratch.heads + cta.warp * head_dim_padded;
   for (int task = cta.warp; task < config::group + 2 * num_own; task += num_consumer_warps) {
     if (task < config::group) {
-      const int head = kv_head * config::group + task;
-      load_head(cta, exchange.qkv + u64(row) * config::qkv_rows + head * config::head_dim,
-                vector_at(cta, table.q_norm), table.rope_idx, cta.args.positions[row] + step, [&](int dim, float value) {
-                  const int word = dim % 16 / 8 * 2 + task / 8;
-                  const int at = dim / 16 * 512 + (task % 8 * 4 + dim % 8 / 2) * 16 + word * 4 + dim % 2 * 2;
-                  *reinterpret_cast<u16*>(scratch.query + at) =
-                      bf16_bits(value * (config::attention_scale * 1.4426950408889634f));
-                });
+      load_head<true>(cta, head,
+                      exchange.qkv + u64(row) * padded(config::qkv_rows) +
+                          (kv_head * config::group + task) * config::head_dim,
+                      tag, vector_at(cta, table.q_norm), table.rope_idx, row, [&](int dim, float value) {
+                        const int word = dim % 4 / 2 * 2 + task / 8;
+                        const int at = dim / 16 * 512 + (task % 8 * 4 + dim % 16 / 4) * 16 + word * 4 + dim % 2 * 2;
+                        *reinterpret_cast<u16*>(scratch.query + at) =
+                            bf16_bits(value * (config::attention_scale * 1.4426950408889634f));
+                      });
       continue;
     }
     const int own = (task - config::group) / 2;  // positions of one sequence are consecutive rows, this row's the last
-    const float* qkv = exchange.qkv + u64(row - num_own + 1 + own) * config::qkv_rows;
+    const int own_row = row - num_own + 1 + own;
+    const float* keys = exchange.qkv + u64(own_row) * padded(config::qkv_rows) + config::q_rows + kv_head * config::head_dim;
     if ((task - config::group) % 2 == 0) {
-      load_head(cta, qkv + config::q_rows + kv_head * config::head_dim, vector_at(cta, table.k_norm), table.rope_idx,
-                base + own, [&](int dim, float value) {
-                  *reinterpret_cast<u16*>(scratch.keys + key_offset(own, dim)) = bf16_bits(value);
-                });
+      load_head<true>(cta, head, keys, tag, vector_at(cta, table.k_norm), table.rope_idx, own_row,
+                      [&](int dim, float value) {
+                        *reinterpret_cast<u16*>(scratch.keys + key_offset(own, dim)) = bf16_bits(value);
+                      });
     } else {
-      const float* values = qkv + config::q_rows + config::num_kv_heads * config::head_dim + kv_head * config::head_dim;
-      for (int dim = cta.lane; dim < config::head_dim; dim += 32) {
-        *reinterpret_cast<u16*>(scratch.values + value_offset(own, dim)) = bf16_bits(ld_cg_f32(values + dim));
-      }
+      load_head<false>(cta, head, keys + config::num_kv_heads * config::head_dim, tag, nullptr, -1, own_row,
+                       [&](int dim, float value) {
+                         *reinterpret_cast<u16*>(scratch.values + value_offset(own, dim)) = bf16_bits(value);
+                       });
     }
   }
   cta.consumer_sync();
 }
 
 // The row's own key and value into its page, for the steps to come.
-__device__ void append_past(Cta& cta, const AttentionScratch& scratch, int layer, int step, int row, int kv_head) {
+__device__ __forceinline__ void append_past(const Cta& cta, const AttentionScratch& scratch, int layer, int step, int row, int kv_head) {
   const int position = cta.args.positions[row] + step;
   const int own = position - (cta.args.bases[row] + step);
   const int page = cta.args.page_table[cta.args.slots[row] * cta.args.max_pages + position / config::page_tokens];
@@ -285,54 +302,49 @@ struct WarpAttention {
   }
 };
 
-// Merge the warps in order; write(head, dim, value, maximum, sum) gets the unnormalised sums of the unit.
+// Merge the warps in order; write(head, dim, value, maximum, sum) gets the unit's unnormalised sums. Whole groups of
+// eight lanes call it with eight neighbouring dims of one head.
 template <class Write>
-__device__ void merge_warps(Cta& cta, const AttentionScratch& scratch, WarpAttention& own, Write&& write) {
+__device__ __forceinline__ void merge_warps(const Cta& cta, const AttentionScratch& scratch, WarpAttention& own,
+                                            Write&& write) {
 #pragma unroll
   for (int h = 0; h < halves; ++h) {
     own.sum[h] += __shfl_xor_sync(~0u, own.sum[h], 1);
     own.sum[h] += __shfl_xor_sync(~0u, own.sum[h], 2);
     if (cta.lane % 4 == 0) {
-      scratch.stats[(cta.warp * 16 + cta.lane / 4 + 8 * h) * 2] = own.maximum[h];
-      scratch.stats[(cta.warp * 16 + cta.lane / 4 + 8 * h) * 2 + 1] = own.sum[h];
+      float* stats = scratch.stats + (cta.warp * 16 + cta.lane / 4 + 8 * h) * 2;
+      stats[0] = own.maximum[h];
+      stats[1] = own.sum[h];
     }
   }
-  cta.consumer_sync();
-  float factor[halves];
 #pragma unroll
-  for (int h = 0; h < halves; ++h) {
-    float top = -infinity;
-    for (int w = 0; w < num_consumer_warps; ++w) {
-      top = fmaxf(top, scratch.stats[(w * 16 + cta.lane / 4 + 8 * h) * 2]);
-    }
-    factor[h] = own.maximum[h] == -infinity ? 0.f : ex2(own.maximum[h] - top);
-  }
-  constexpr int chunk_dims = 64;
+  for (int first = 0; first < head_dim_padded; first += output_dims) {
 #pragma unroll
-  for (int chunk = 0; chunk < (head_dim_padded + chunk_dims - 1) / chunk_dims; ++chunk) {
-#pragma unroll
-    for (int n = 0; n < chunk_dims / 8; ++n) {
-      if (chunk * (chunk_dims / 8) + n >= 2 * dim_blocks) continue;
+    for (int n = 0; n < output_dims / 8; ++n) {
+      if (first / 8 + n >= 2 * dim_blocks) continue;
 #pragma unroll
       for (int i = 0; i < 2 * halves; ++i) {
         const int head = cta.lane / 4 + i / 2 * 8;
         if (head < config::group) {
-          scratch.output[(cta.warp * config::group + head) * chunk_dims + n * 8 + cta.lane % 4 * 2 + i % 2] =
-              own.out[chunk * (chunk_dims / 8) + n][i] * factor[i / 2];
+          scratch.output[(cta.warp * config::group + head) * output_dims + n * 8 + cta.lane % 4 * 2 + i % 2] =
+              own.out[first / 8 + n][i];
         }
       }
     }
     cta.consumer_sync();
-    for (int i = cta.thread; i < config::group * chunk_dims; i += num_consumers) {
-      const int head = i / chunk_dims;
-      const int dim = chunk * chunk_dims + i % chunk_dims;
-      if (dim >= config::head_dim) continue;
-      float top = -infinity, total = 0, value = 0;
+    for (int i = cta.thread; i < config::group * output_dims; i += num_consumers) {
+      const int head = i / output_dims;
+      const int dim = first + i % output_dims;
+      float top = -infinity;
+#pragma unroll
       for (int w = 0; w < num_consumer_warps; ++w) top = fmaxf(top, scratch.stats[(w * 16 + head) * 2]);
+      float total = 0, value = 0;
+#pragma unroll
       for (int w = 0; w < num_consumer_warps; ++w) {
         const float m = scratch.stats[(w * 16 + head) * 2];
-        total += m == -infinity ? 0.f : ex2(m - top) * scratch.stats[(w * 16 + head) * 2 + 1];
-        value += scratch.output[w * config::group * chunk_dims + i];
+        const float factor = m == -infinity ? 0.f : ex2(m - top);
+        total += factor * scratch.stats[(w * 16 + head) * 2 + 1];
+        value += factor * scratch.output[w * config::group * output_dims + i];
       }
       write(head, dim, value, top, total);
     }
@@ -341,24 +353,27 @@ __device__ void merge_warps(Cta& cta, const AttentionScratch& scratch, WarpAtten
 }
 
 // The last CTA to finish a chunk of (row, kv head) adds all chunks in order.
-__device__ void merge_chunks(Cta& cta, const Exchange& exchange, int row, int kv_head, int num_chunks, u8* out) {
+__device__ __noinline__ void merge_chunks(const Cta cta, const Exchange exchange, int row, int kv_head,
+                                          int num_chunks, u8* out, u32 tag) {
   const u64 pair = u64(row) * config::num_kv_heads + kv_head;
   cta.consumer_sync();
   if (cta.thread == 0) {
     const u32 before = atom_acq_rel_gpu_add(&exchange.arrivals[pair], 1);
     cta.shared.flag = before == static_cast<u32>(num_chunks) - 1;
-    if (cta.shared.flag) exchange.arrivals[pair] = 0;  // the next use is behind a grid barrier
+    if (cta.shared.flag) exchange.arrivals[pair] = 0;  // its next use comes a whole layer of hand-offs later
   }
   cta.consumer_sync();
   if (!cta.shared.flag) return;
   const u64 first = pair * config::max_chunks * config::group;
-  for (int i = cta.thread; i < config::group * config::head_dim; i += num_consumers) {
-    const int head = i / config::head_dim;
+  constexpr int total_dims = config::group * config::head_dim;
+  for (int i = cta.thread; i < (total_dims + 31) / 32 * 32; i += num_consumers) {
+    const int head = min(i, total_dims - 1) / config::head_dim;
     const int dim = i % config::head_dim;
     float top = -infinity, total = 0, value = 0;
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
       top = fmaxf(top, ld_cg_f32(exchange.partial_stats + (first + chunk * config::group + head) * 2));
     }
+#pragma unroll 4
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
       const u64 at = first + chunk * config::group + head;
       const float m = ld_cg_f32(exchange.partial_stats + at * 2);
@@ -366,16 +381,17 @@ __device__ void merge_chunks(Cta& cta, const Exchange& exchange, int row, int kv
       total += factor * ld_cg_f32(exchange.partial_stats + at * 2 + 1);
       value += factor * ld_cg_f32(exchange.partial + at * head_dim_padded + dim);
     }
-    store_x(out, (kv_head * config::group + head) * config::head_dim + dim, value / total);
+    send_halves(cta, out + ((kv_head * config::group + head) * config::head_dim + dim) * 2, value / total, tag,
+                i < total_dims);
   }
 }
 
-__device__ void attention(Cta& cta, RingReader& ring, const Exchange& exchange, int layer, int step) {
+__device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, const Exchange& exchange, int layer,
+                                          int step, u32 tag) {
   const AttentionScratch scratch(cta.x);
   for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
     const bool with_own = chunk == past.num_chunks - 1;
-    prepare_unit(cta, scratch, exchange, layer, step, row, kv_head, with_own);
-    if (with_own) append_past(cta, scratch, layer, step, row, kv_head);
+    prepare_unit(cta, scratch, exchange, layer, step, tag, row, kv_head, with_own);
     WarpAttention own;
     const int end = min(past.num_pages, (chunk + 1) * past.chunk_pages);
     for (int page = chunk * past.chunk_pages; page < end; ++page) {
@@ -397,21 +413,25 @@ __device__ void attention(Cta& cta, RingReader& ring, const Exchange& exchange, 
       own.block(scratch.query, scratch.keys, scratch.values, cta.lane, past.base, past.first,
                 cta.args.positions[row] + step + 1);
     }
-    u8* out = exchange.attention + row * x_row_bytes(padded(config::q_rows));
+    u8* out = exchange.attention + row * x_row_bytes(config::q_rows);
     if (past.num_chunks == 1) {
       merge_warps(cta, scratch, own, [&](int head, int dim, float value, float, float total) {
-        store_x(out, (kv_head * config::group + head) * config::head_dim + dim, value / total);
+        send_halves(cta, out + ((kv_head * config::group + head) * config::head_dim + dim) * 2, value / total, tag,
+                    dim < config::head_dim);
       });
     } else {
       const u64 first = ((u64(row) * config::num_kv_heads + kv_head) * config::max_chunks + chunk) * config::group;
       merge_warps(cta, scratch, own, [&](int head, int dim, float value, float top, float total) {
+        if (dim >= config::head_dim) return;
         exchange.partial[(first + head) * head_dim_padded + dim] = value;
         if (dim == 0) {
           exchange.partial_stats[(first + head) * 2] = top;
           exchange.partial_stats[(first + head) * 2 + 1] = total;
         }
       });
-      merge_chunks(cta, exchange, row, kv_head, past.num_chunks, out);
+      merge_chunks(cta, exchange, row, kv_head, past.num_chunks, out, tag);
     }
+    if (with_own) append_past(cta, scratch, layer, step, row, kv_head);
+    cta.consumer_sync();  // the scratch is free again
   });
 }

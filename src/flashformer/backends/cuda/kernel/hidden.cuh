@@ -3,129 +3,106 @@
 // The fp32 residual of a row lives in the shared memory of the CTA that owns the row in o_proj and down. What travels
 // is hidden * norm weight in 16 bits, with one sum of squares a tile; 1 / rms is a factor of the next stage's sums.
 #pragma once
-#include "matvec.cuh"
+#include "exchange.cuh"
 
-constexpr int hidden_tiles = padded(config::hidden_size) / tile_rows;
+// 1 / rms of each token from the sums of its tiles: warp w does token w, all loads on their way at once.
+struct FetchRstd {
+  static constexpr int n = (hidden_tiles + 31) / 32;
+  u32 square[n];
+  const u32* words;
+  int lane;
+  int end;
+  u32 tag;
 
-__device__ __forceinline__ const float* vector_at(const Cta& cta, u64 offset) {
-  return reinterpret_cast<const float*>(cta.args.image + offset);
-}
-
-// Where a stage's 16-bit activations lie in global memory: [max_rows][padded cols], fragment order.
-struct Exchange {
-  u8* hidden_attention;  // input of qkv
-  u8* hidden_mlp;        // input of gate_up and of lm_head
-  u8* attention;         // input of o_proj
-  u8* mlp;               // input of down
-  float* qkv;            // [max_rows][qkv_rows], fp32
-  float* squares;        // [2][max_rows][hidden_tiles]: partial sums of squares of hidden_attention, hidden_mlp
-  float* best_logit;     // [max_rows][num_ctas]
-  int* best_id;          // [max_rows][num_ctas]
-  float* partial;        // attention: [max_rows][num_kv_heads][max_chunks][group][head_dim_padded]
-  float* partial_stats;  // [max_rows][num_kv_heads][max_chunks][group][2]: maximum and sum
-  u32* arrivals;         // [max_rows][num_kv_heads], zero between uses
-
-  __device__ explicit Exchange(const StepArgs& args) {
-    u8* p = args.exchange;
-    auto take = [&p](u64 bytes) { u8* at = p; p += (bytes + 255) / 256 * 256; return at; };
-    hidden_attention = take(u64(max_rows) * x_row_bytes(padded(config::hidden_size)));
-    hidden_mlp = take(u64(max_rows) * x_row_bytes(padded(config::hidden_size)));
-    attention = take(u64(max_rows) * x_row_bytes(padded(config::q_rows)));
-    mlp = take(u64(max_rows) * x_row_bytes(padded(config::intermediate_size)));
-    qkv = reinterpret_cast<float*>(take(u64(max_rows) * config::qkv_rows * 4));
-    squares = reinterpret_cast<float*>(take(2ull * max_rows * hidden_tiles * 4));
-    best_logit = reinterpret_cast<float*>(take(u64(max_rows) * config::num_ctas * 4));
-    best_id = reinterpret_cast<int*>(take(u64(max_rows) * config::num_ctas * 4));
-    arrivals = reinterpret_cast<u32*>(take(u64(max_rows) * config::num_kv_heads * 4));
-    const u64 partials = u64(max_rows) * config::num_kv_heads * config::max_chunks * config::group;
-    partial_stats = reinterpret_cast<float*>(take(partials * 2 * 4));
-    partial = reinterpret_cast<float*>(take(partials * padded(config::head_dim) * 4));
+  __device__ __forceinline__ FetchRstd(const Cta& cta, const float* squares, u32 input_tag) : tag(input_tag) {
+    lane = recomputed(cta.lane);
+    end = cta.warp < cta.args.num_rows ? hidden_tiles : 0;
+    words = reinterpret_cast<const u32*>(squares) + cta.warp * hidden_tiles;
+#pragma unroll
+    for (int j = 0; j < n; ++j) square[j] = lane + 32 * j < end ? ld_relaxed_gpu(words + lane + 32 * j) : tag;
+  }
+  __device__ __forceinline__ void store(const Cta& cta) {
+    if (end == 0) return;
+    Patience patience;
+    bool complete;
+    do {
+      complete = true;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        if ((square[j] & 1) != tag) {
+          square[j] = ld_relaxed_gpu(words + lane + 32 * j);
+          complete = false;
+        }
+      }
+    } while (!complete && !patience.ends(cta.args, cta.shared, WaitKind::packet));
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) sum += lane + 32 * j < hidden_tiles ? __uint_as_float(square[j]) : 0.f;
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      cta.shared.rstd[cta.warp] = rsqrtf(sum / config::hidden_size + config::rms_norm_eps) / config::exchange_scale;
+    }
   }
 };
 
-__device__ __forceinline__ void store_x(u8* row, int col, float value) {
-  *reinterpret_cast<u16*>(row + x_offset(col)) = static_cast<u16>(pack_x(value, 0.f));
-}
-
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-  return v;
-}
-
-// Activations of another stage into shared memory; all consumers.
-template <int cols>
-__device__ void load_x(Cta& cta, const u8* source) {
-  constexpr int row_vecs = x_row_bytes(padded(cols)) / 16;
-  const int total = row_vecs * cta.args.num_rows;
-#pragma unroll 4
-  for (int i = cta.thread; i < total; i += num_consumers) {
-    const int row = i / row_vecs;
-    const int at = i % row_vecs;
-    *reinterpret_cast<Vec16*>(cta.x + row * x_row_stride(padded(cols)) + at * 16) = ld_cg_16(source + u64(i) * 16);
-  }
-}
-
-// 1 / rms of each token from the partial sums of its tiles; warp w does token w.
-__device__ void load_rstd(Cta& cta, const float* squares) {
-  if (cta.warp >= cta.args.num_rows) return;
-  float sum = 0;
-  for (int i = cta.lane; i < hidden_tiles; i += 32) sum += ld_cg_f32(squares + cta.warp * hidden_tiles + i);
-  sum = warp_sum(sum);
-  if (cta.lane == 0) {
-    cta.shared.rstd[cta.warp] =
-        rsqrtf(sum / config::hidden_size + config::rms_norm_eps) / config::exchange_scale;
+// Weights of the norm behind this CTA's rows of the hidden state, early, so that no epilogue waits for memory.
+__device__ __forceinline__ void load_norm_weights(const Cta& cta, int first_tile, int end_tile, u64 norm_offset,
+                                                  float* weights) {
+  for (int i = cta.thread; i < (end_tile - first_tile) * tile_rows; i += num_consumers) {
+    const int col = first_tile * tile_rows + i;
+    weights[i] = col < config::hidden_size ? vector_at(cta, norm_offset)[col] * config::exchange_scale : 0.f;
   }
 }
 
 // Output rows of o_proj and down: add to the residual, publish for the next stage.
 struct HiddenEpilogue {
-  Cta& cta;
+  const Cta& cta;
   int first_tile;
-  const float* bias;         // [hidden_size] or null
-  const float* norm_weight;  // of the next norm
+  const float* bias;          // [hidden_size] or null
+  const float* norm_weights;  // of the CTA's tiles, in shared memory
   u8* out;
   float* squares;
+  u32 tag;
 
   __device__ __forceinline__ void operator()(int tile, int row, int token, int, float sum) const {
     const int col = tile * tile_rows + row;
-    const bool valid = token < cta.args.num_rows && col < config::hidden_size;
+    const bool valid = token < cta.args.num_rows;
     float hidden = 0;
-    if (valid) {
+    if (valid && col < config::hidden_size) {
       float& residual = cta.shared.residual[tile - first_tile][token][row];
       hidden = residual + (bias ? sum + bias[col] : sum);
       residual = hidden;
     }
-    if (token < cta.args.num_rows) {
-      const float weight = valid ? norm_weight[col] : 0.f;
-      store_x(out + token * x_row_bytes(padded(config::hidden_size)), col, hidden * weight * config::exchange_scale);
-    }
+    const float scaled = hidden * norm_weights[(tile - first_tile) * tile_rows + row];
+    send_halves(cta, out + token * x_row_bytes(config::hidden_size) + col * 2, scaled, tag, valid);
     float square = hidden * hidden;
 #pragma unroll
     for (int d = 8; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
-    if (row == 0 && token < cta.args.num_rows) squares[token * hidden_tiles + tile] = square;
+    if (row == 0 && valid) send_float(squares + token * hidden_tiles + tile, square, tag);
   }
 };
 
-// Byte offset of element (row, col pair) in the fragment order of plan/pack.py.
+// Byte offset of a pair of columns of a row, in the fragment order of quant/layout.py.
 __device__ __forceinline__ u64 fragment_word(int row, int col) {
   const int r = row % tile_rows;
-  const int lane = r % 8 * 4 + col % 8 / 2;
-  const int word = col % 16 / 8 * 2 + r / 8;
-  return u64(row / tile_rows) * (padded(config::hidden_size) * 2 * tile_rows) + col / 16 * 512 + lane * 16 + word * 4;
+  const int lane = r % 8 * 4 + col % 16 / 4;
+  const int word = col % 4 / 2 * 2 + r / 8;
+  return u64(row / tile_rows) * Tiles<config::hidden_size>::tile_bytes + col / 16 * 512 + lane * 16 + word * 4;
 }
 
 // Embedding rows of the step's tokens: into x (times the first norm's weight) and the residual of the owned rows.
 // Every CTA reads all of them, which saves a hand-off.
-__device__ void embed(Cta& cta, const Tiles<config::q_rows>& owned) {
+__device__ __noinline__ void embed(const Cta cta, int first_tile, int end_tile) {
   const float* norm_weight = vector_at(cta, layer_table[0].input_layernorm);
   constexpr int pairs = padded(config::hidden_size) / 2;
   for (int token = 0; token < cta.args.num_rows; ++token) {
     const int id = max(cta.shared.token[token], 0);
+    const u8* table = cta.args.image + config::embed_offset;
     float square = 0;
+#pragma unroll 4
     for (int pair = cta.thread; pair < pairs; pair += num_consumers) {
       const int col = pair * 2;
-      const u32 word = *reinterpret_cast<const u32*>(cta.args.image + config::embed_offset + fragment_word(id, col));
+      const u32 word = *reinterpret_cast<const u32*>(table + fragment_word(id, col));
       float lo, hi;
       if constexpr (config::weights_f16) {
         lo = cvt_f32_f16(static_cast<u16>(word));
@@ -135,13 +112,13 @@ __device__ void embed(Cta& cta, const Tiles<config::q_rows>& owned) {
         hi = __uint_as_float(word & 0xffff0000u);
       }
       square += lo * lo + hi * hi;
-      const float w_lo = col < config::hidden_size ? norm_weight[col] : 0.f;
-      const float w_hi = col + 1 < config::hidden_size ? norm_weight[col + 1] : 0.f;
-      *reinterpret_cast<u32*>(cta.x + token * x_row_stride(padded(config::hidden_size)) + x_offset(col)) =
-          pack_x(lo * w_lo * config::exchange_scale, hi * w_hi * config::exchange_scale);
+      const float weight_lo = col < config::hidden_size ? norm_weight[col] * config::exchange_scale : 0.f;
+      const float weight_hi = col + 1 < config::hidden_size ? norm_weight[col + 1] * config::exchange_scale : 0.f;
+      *reinterpret_cast<u32*>(cta.x + token * x_row_stride(config::hidden_size) + col * 2) =
+          pack_x(lo * weight_lo, hi * weight_hi);
       const int tile = col / tile_rows;
-      if (tile >= owned.begin && tile < owned.end) {
-        float* residual = &cta.shared.residual[tile - owned.begin][token][col % tile_rows];
+      if (tile >= first_tile && tile < end_tile) {
+        float* residual = &cta.shared.residual[tile - first_tile][token][col % tile_rows];
         residual[0] = lo;
         residual[1] = hi;
       }
@@ -156,4 +133,30 @@ __device__ void embed(Cta& cta, const Tiles<config::q_rows>& owned) {
     cta.shared.rstd[cta.thread] = rsqrtf(sum / config::hidden_size + config::rms_norm_eps) / config::exchange_scale;
   }
   cta.consumer_sync();
+}
+
+// cos and sin of position * frequency, attention factor included. The angle is reduced to [-pi, pi] in two exact
+// steps (Cody & Waite 1980), good to a few 1e-7 for positions below 2^20.
+__device__ __forceinline__ float2 rotation(float angle, float factor) {
+  const float turns = rintf(angle * 0.15915494309189535f);
+  float r = fmaf(-turns, 6.28125f, angle);
+  r = fmaf(-turns, 1.9353071795864769e-3f, r);
+  float s, c;
+  __sincosf(r, &s, &c);
+  return make_float2(c * factor, s * factor);
+}
+
+// The rotations of every row's position, for all layers of the step.
+__device__ __forceinline__ void load_rotations(const Cta& cta, int step) {
+  constexpr int half = config::rotary_dim / 2;
+  if constexpr (half > 0) {
+    for (int rope = 0; rope < config::num_ropes; ++rope) {
+      const float* inv_freq = vector_at(cta, rope_table[rope].inv_freq);
+      for (int i = cta.thread; i < half * cta.args.num_rows; i += num_consumers) {
+        const float position = static_cast<float>(cta.args.positions[i / half] + step);
+        cta.shared.rotation[rope][i / half][i % half] =
+            rotation(position * inv_freq[i % half], rope_table[rope].attention_factor);
+      }
+    }
+  }
 }

@@ -59,6 +59,9 @@ __device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 by
           shared_address(dst)),
       "l"(src), "r"(bytes), "r"(shared_address(bar)), "l"(0x12F0000000000000ull) : "memory");
 }
+__device__ __forceinline__ void cp_async_bulk_prefetch(const void* src, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
+}
 #else
 __device__ __forceinline__ void fence_mbarrier_init() { __threadfence_block(); }
 
@@ -96,30 +99,26 @@ __device__ __forceinline__ u32 ld_relaxed_gpu(const u32* p) {
   return v;
 }
 
-__device__ __forceinline__ u32 ld_relaxed_sys(const u32* p) {
-  u32 v;
-  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
+__device__ __forceinline__ void st_relaxed_gpu(u32* p, u32 v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-__device__ __forceinline__ void st_relaxed_gpu(float* p, float v) {
-  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory");
+// One 16-byte access, single-copy atomic: all of a packet or nothing of it (PTX ISA 8.2.2, vector and packed types).
+__device__ __forceinline__ Vec16 ld_relaxed_gpu_b128(const void* p) {
+  u64 lo, hi;
+  asm volatile("{\n.reg .b128 v;\nld.relaxed.gpu.global.b128 v, [%2];\nmov.b128 {%0, %1}, v;\n}"
+               : "=l"(lo), "=l"(hi) : "l"(p) : "memory");
+  return {{static_cast<u32>(lo), static_cast<u32>(lo >> 32), static_cast<u32>(hi), static_cast<u32>(hi >> 32)}};
+}
+
+__device__ __forceinline__ void st_relaxed_gpu_b128(void* p, const Vec16& v) {
+  const u64 lo = v.w[0] | u64(v.w[1]) << 32;
+  const u64 hi = v.w[2] | u64(v.w[3]) << 32;
+  asm volatile("{\n.reg .b128 v;\nmov.b128 v, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], v;\n}" ::"l"(p), "l"(lo),
+               "l"(hi) : "memory");
 }
 
 // Through L2 only: what other CTAs wrote in this launch must never be read from this SM's L1.
-__device__ __forceinline__ Vec16 ld_cg_16(const void* p) {
-  Vec16 v;
-  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint2 ld_cg_8(const void* p) {
-  uint2 v;
-  asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
-  return v;
-}
-
 __device__ __forceinline__ float ld_cg_f32(const float* p) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");

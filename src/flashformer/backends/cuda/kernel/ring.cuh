@@ -21,12 +21,13 @@ struct RingPosition {
 
 // Used by the producer warp, all lanes together.
 struct RingWriter {
-  Cta& cta;
+  const Cta& cta;
   RingPosition next;    // to be filled
   RingPosition landed;  // the oldest fill that may still be on its way
   int in_flight = 0;
+  u32 filled = 0;
 
-  __device__ explicit RingWriter(Cta& c) : cta(c) { next.parity = 1; }
+  __device__ explicit RingWriter(const Cta& c) : cta(c) { next.parity = 1; }
 
   __device__ void fill(const u8* source, u32 bytes) {
     Shared& shared = cta.shared;
@@ -35,22 +36,27 @@ struct RingWriter {
       landed.advance(cta.args.num_slots);
       --in_flight;
     }
-    cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
+    if (!mbarrier_test_wait(&shared.empty[next.slot], next.parity)) {
+      *static_cast<volatile u32*>(&shared.stalled) = 1;
+      cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
+      *static_cast<volatile u32*>(&shared.stalled) = 0;
+    }
     u8* slot = cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
     copy(slot, source, bytes, &shared.full[next.slot]);
     next.advance(cta.args.num_slots);
     ++in_flight;
+    *static_cast<volatile u32*>(&shared.filled) = ++filled;
   }
 
 #if __CUDA_ARCH__ >= 900
   __device__ void copy(u8* slot, const u8* source, u32 bytes, u64* full) {
-    if (cta.lane != 0 || is_aborted(cta.shared)) return;
+    if (cta.lane != 0 || cta.aborted()) return;
     mbarrier_arrive_expect_tx(full, bytes);
     cp_async_bulk(slot, source, bytes, full);
   }
 #else
   __device__ void copy(u8* slot, const u8* source, u32 bytes, u64* full) {
-    if (is_aborted(cta.shared)) return;
+    if (cta.aborted()) return;
     for (u32 at = cta.lane * 16; at < bytes; at += 32 * 16) cp_async_16(slot + at, source + at);
     cp_async_mbarrier_arrive_noinc(full);
   }
@@ -65,12 +71,42 @@ struct RingWriter {
   }
 };
 
+// Used by the prefetch warp, which walks the same fills. While the ring is full because the consumers wait for a
+// hand-off, the memory would idle: instead the next fills are brought into L2, no faster than memory delivers, at most
+// config::prefetch_ahead of them. The ring later takes them from there faster than memory could.
+struct Prefetcher {
+  const Cta& cta;
+  u32 index = 0;  // of the fill that the walk has reached
+  u64 last = 0;   // when the last prefetch was issued
+
+  __device__ explicit Prefetcher(const Cta& c) : cta(c) {}
+
+  __device__ void fill(const u8* source, u32 bytes) {
+    const u32 at = index++;
+    const volatile u32* filled = &cta.shared.filled;
+    const volatile u32* stalled = &cta.shared.stalled;
+    Patience patience;
+    for (;;) {
+      const int ahead = static_cast<int>(at - *filled);
+      if (ahead < 0 || cta.aborted()) return;
+      const u64 now = globaltimer();
+      if (*stalled != 0 && ahead < config::prefetch_ahead && now - last >= config::prefetch_interval_ns) {
+        if (cta.lane == 0) cp_async_bulk_prefetch(source, bytes);
+        last = now;
+        return;
+      }
+      __nanosleep(100);
+      if (patience.ends(cta.args, cta.shared, WaitKind::slot_empty)) return;
+    }
+  }
+};
+
 // Used by every consumer warp for itself.
 struct RingReader {
-  Cta& cta;
+  const Cta& cta;
   RingPosition next;
 
-  __device__ explicit RingReader(Cta& c) : cta(c) {}
+  __device__ explicit RingReader(const Cta& c) : cta(c) {}
 
   __device__ __forceinline__ const u8* wait() {
     cta.wait(&cta.shared.full[next.slot], next.parity, WaitKind::slot_full);
@@ -84,7 +120,7 @@ struct RingReader {
   }
 };
 
-__device__ __forceinline__ void ring_init(Cta& cta) {
+__device__ __forceinline__ void ring_init(const Cta& cta) {
   if (cta.thread == 0) {
     for (int i = 0; i < cta.args.num_slots; ++i) {
       mbarrier_init(&cta.shared.full[i], config::arch >= 90 ? 1 : 32);
@@ -92,6 +128,8 @@ __device__ __forceinline__ void ring_init(Cta& cta) {
     }
     mbarrier_init(&cta.shared.kv_ready, 1);
     cta.shared.aborted = 0;
+    cta.shared.stalled = 0;
+    cta.shared.filled = 0;
     fence_mbarrier_init();
   }
   __syncthreads();

@@ -1,6 +1,6 @@
 // The next token of every row, chosen by every CTA for itself from the candidates of all.
 #pragma once
-#include "hidden.cuh"
+#include "exchange.cuh"
 
 // A CTA's best candidate for each of a lane's tokens; NaN counts as the largest, with id -1.
 struct Best {
@@ -24,7 +24,7 @@ __device__ __forceinline__ void take_better(float& logit, int& id, float other_l
 }
 
 struct HeadEpilogue {
-  Cta& cta;
+  const Cta& cta;
   Best& best;
 
   __device__ __forceinline__ void operator()(int tile, int row, int token, int i, float sum) const {
@@ -38,7 +38,7 @@ struct HeadEpilogue {
 };
 
 // The CTA's candidates into the exchange.
-__device__ void publish_best(Cta& cta, const Exchange& exchange, Best& best) {
+__device__ __forceinline__ void publish_best(const Cta& cta, const Exchange& exchange, Best& best) {
 #pragma unroll
   for (int i = 0; i < max_rows / 2; ++i) {
 #pragma unroll
@@ -63,7 +63,7 @@ __device__ void publish_best(Cta& cta, const Exchange& exchange, Best& best) {
   exchange.best_id[cta.thread * config::num_ctas + cta.idx] = id;
 }
 
-__device__ void pick_tokens(Cta& cta, const Exchange& exchange, int step) {
+__device__ __forceinline__ void pick_tokens(const Cta& cta, const Exchange& exchange, int step) {
   if (cta.warp < cta.args.num_rows) {
     float logit = -infinity;
     int id = config::vocab_size;

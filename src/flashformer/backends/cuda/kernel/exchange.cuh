@@ -1,0 +1,53 @@
+// The buffers through which CTAs hand values to each other, all in global memory (and, in practice, in L2).
+#pragma once
+#include "matvec.cuh"
+
+constexpr int hidden_tiles = padded(config::hidden_size) / tile_rows;
+constexpr int head_dim_padded = padded(config::head_dim);
+
+// codegen/cuda_header.py computes the same sizes.
+struct Exchange {
+  // In packets; filled with ones before the launch.
+  u8* hidden_attention;  // [max_rows][hidden_size] 16 bit: input of qkv and lm_head
+  u8* hidden_mlp;        // [max_rows][hidden_size] 16 bit: input of gate_up
+  u8* attention;         // [max_rows][q_rows] 16 bit: input of o_proj
+  u8* mlp;               // [max_rows][intermediate_size] 16 bit: input of down
+  float* qkv;            // [max_rows][qkv_rows padded]: input of attention
+  float* squares;        // [2][max_rows][hidden_tiles]: sums of squares of the hidden state behind the first two
+  // Ordered by the barrier at a step's end, or by `arrivals`.
+  float* best_logit;     // [max_rows][num_ctas]
+  int* best_id;          // [max_rows][num_ctas]
+  float* partial_stats;  // attention: [max_rows][num_kv_heads][max_chunks][group][2], maximum and sum
+  float* partial;        // [max_rows][num_kv_heads][max_chunks][group][head_dim padded]
+  u32* arrivals;         // [max_rows][num_kv_heads], zero between uses
+
+  __device__ explicit Exchange(const StepArgs& args) : arrivals(args.arrivals) {
+    u8* p = args.exchange;
+    auto take = [&p](u64 bytes) {
+      u8* at = p;
+      p += (bytes + 255) / 256 * 256;
+      return at;
+    };
+    hidden_attention = take(u64(max_rows) * x_row_bytes(config::hidden_size));
+    hidden_mlp = take(u64(max_rows) * x_row_bytes(config::hidden_size));
+    attention = take(u64(max_rows) * x_row_bytes(config::q_rows));
+    mlp = take(u64(max_rows) * x_row_bytes(config::intermediate_size));
+    qkv = reinterpret_cast<float*>(take(u64(max_rows) * padded(config::qkv_rows) * 4));
+    squares = reinterpret_cast<float*>(take(2ull * max_rows * hidden_tiles * 4));
+    best_logit = reinterpret_cast<float*>(take(u64(max_rows) * config::num_ctas * 4));
+    best_id = reinterpret_cast<int*>(take(u64(max_rows) * config::num_ctas * 4));
+    const u64 partials = u64(max_rows) * config::num_kv_heads * config::max_chunks * config::group;
+    partial_stats = reinterpret_cast<float*>(take(partials * 2 * 4));
+    partial = reinterpret_cast<float*>(take(partials * head_dim_padded * 4));
+  }
+};
+
+__device__ __forceinline__ const float* vector_at(const Cta& cta, u64 offset) {
+  return reinterpret_cast<const float*>(cta.args.image + offset);
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
