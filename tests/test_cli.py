@@ -1,7 +1,10 @@
 """What the verbs print, where they print it, and with which exit code."""
 
+import contextlib
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -129,6 +132,53 @@ def test_chat_keeps_the_conversation_until_it_is_reset(cli):
     assert prompts[1] > prompts[0] == prompts[2]
     assert "/nonsense is no command" in ended.err
     assert "/reset" in ended.err
+
+
+class Person:
+    """Somebody at a terminal."""
+
+    def __init__(self, *argv):
+        pid, self._terminal = pty.fork()
+        if pid == 0:
+            os.execv(sys.executable, [sys.executable, "-m", "flashformer", *argv])
+        self._pid, self.seen = pid, b""
+
+    def type(self, text):
+        os.write(self._terminal, text)
+
+    def wait_for(self, text):
+        """What appeared up to and with `text`, since the last call."""
+        while text not in self.seen:
+            self.read()
+        found, self.seen = self.seen.split(text, 1)
+        return found + text
+
+    def read(self):
+        ready, _, _ = select.select([self._terminal], [], [], 60)
+        assert ready, self.seen
+        self.seen += os.read(self._terminal, 4096)
+
+    def exit_code(self):
+        with contextlib.suppress(OSError):  # the terminal closes with the program
+            while os.read(self._terminal, 4096):
+                pass
+        os.close(self._terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(cli):
+    person = Person("chat", *REFERENCE)
+    person.wait_for(b"> ")
+    person.type(b"hello\n")
+    person.wait_for(b"hello\r\n")
+    person.read()  # the first of the answer
+    person.type(b"\x03")
+    person.wait_for(b"> ")
+    person.type(b"/help\n")
+    assert b"/reset" in person.wait_for(b"Ctrl-C stops an answer.")
+    person.wait_for(b"> ")
+    person.type(b"\x04")
+    assert person.exit_code() == 0
 
 
 def test_inspect_tells_architecture_parameters_and_memory(cli, tmp_path):

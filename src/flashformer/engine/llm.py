@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -184,7 +184,7 @@ class LLM:
 
     def stream(
         self, prompt: object, sampling_params: SamplingParams | None = None
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk]:
         """Continue one prompt; a chunk a token as it comes, the last with `usage` and `metrics`.
 
         The request is checked now and starts with the first chunk asked for. Closing the iterator
@@ -203,7 +203,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk]:
         """Answer one conversation chunk by chunk; see `chat` and `stream`."""
         self._require_open()
         prompt = self._chat_prompt(
@@ -277,12 +277,12 @@ class LLM:
             )
         return params
 
-    def _chunks(self, prompt: Prompt, params: SamplingParams | None) -> Iterator[StreamChunk]:
+    def _chunks(self, prompt: Prompt, params: SamplingParams | None) -> Generator[StreamChunk]:
         (own,) = self._params_of_each([prompt], params)
         self.engine.check(prompt.token_ids, own)
         return self._read_chunks(prompt, own)
 
-    def _read_chunks(self, prompt: Prompt, params: SamplingParams) -> Iterator[StreamChunk]:
+    def _read_chunks(self, prompt: Prompt, params: SamplingParams) -> Generator[StreamChunk]:
         self._require_open()
         reader = self._driver.open(prompt.token_ids, params)
         try:

@@ -4,10 +4,11 @@
 """
 
 import dataclasses
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from flashformer.engine.outputs import RequestMetrics, StreamChunk, Usage
 from flashformer.engine.sampling import SamplingParams
@@ -50,7 +51,33 @@ def write_text(text: str) -> None:
     sys.stdout.flush()
 
 
-def collect(chunks: Iterable[StreamChunk], show: Callable[[str], None] | None = None) -> Answer:
+class Interrupt:
+    """Inside this context Ctrl-C asks for the end of an answer; a second one forces it.
+
+    The answer then ends between two steps, and the model stays usable.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def collect(
+    chunks: Iterator[StreamChunk],
+    show: Callable[[str], None] | None = None,
+    interrupt: Interrupt | None = None,
+) -> Answer:
     """Read a stream to its end, showing each delta; Ctrl-C ends it with finish_reason "abort".
 
     Raises `FlashFormerError` when the engine ended the answer with an error.
@@ -58,14 +85,15 @@ def collect(chunks: Iterable[StreamChunk], show: Callable[[str], None] | None = 
     text: list[str] = []
     token_ids: list[int] = []
     last: StreamChunk | None = None
-    iterator = iter(chunks)
     try:
-        for chunk in iterator:
+        for chunk in chunks:
             last = chunk
             text.append(chunk.text)
             token_ids.extend(chunk.token_ids)
             if chunk.text and show is not None:
                 show(chunk.text)
+            if interrupt is not None and interrupt.asked:
+                break
     except KeyboardInterrupt:
         return Answer("".join(text), token_ids, "abort", None, None)
     if last is None or last.finish_reason == "error":

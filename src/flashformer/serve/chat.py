@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from flashformer.serve import options
-from flashformer.serve.answer import collect, sampling_params, write_text
+from flashformer.serve.answer import Interrupt, collect, sampling_params, write_text
 from flashformer.serve.load import LoadOptions, load_llm
 from flashformer.serve.speed import measure_speed
 from flashformer.serve.terminal import Terminal, write_json
@@ -85,7 +85,8 @@ def chat(
                         return
                     continue
                 chunks = llm.chat_stream(conversation.ask(line), params)
-                answer = collect(chunks, None if as_json else write_text)
+                with closing(chunks), Interrupt() as interrupt:
+                    answer = collect(chunks, None if as_json else write_text, interrupt)
                 conversation.answered(answer.text)
                 if as_json:
                     write_json(answer.to_json(None))
