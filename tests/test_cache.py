@@ -2,13 +2,9 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -343,58 +339,3 @@ def test_the_folder_is_chosen_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "flashformer"
-
-
-WRITER = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-from specs import SpecWeights, plan_of
-from flashformer.codegen import image_file
-from flashformer.codegen.cache import compiled, load_image
-image_file.CHUNK_BYTES = image_file.PIECE_BYTES = 4096
-plan = plan_of()
-print("ready", flush=True)
-if sys.argv[2] == "image":
-    load_image(plan, SpecWeights(plan.spec))
-else:
-    def build(into):
-        for number in range(200):
-            (into / f"part-{number}").write_text("part")
-    compiled("cpu", ["key"], build)
-"""
-
-
-@pytest.mark.parametrize("what", ["image", "kernel"])
-def test_a_process_that_is_killed_while_it_writes_leaves_no_trace_for_the_next_start(what, folder):
-    random = np.random.default_rng(0)
-    arguments = [sys.executable, "-c", WRITER, str(Path(__file__).parent), what]
-    for _ in range(2):
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(random.uniform(0, 0.03))
-            process.send_signal(signal.SIGKILL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", CacheWarning)
-        image = load_image(PLAN, WEIGHTS)
-        kernel = compiled("other", ["key"], write_kernel())
-        again = compiled("cpu", ["key"], lambda into: (into / "part-199").write_text("part"))
-    assert np.array_equal(image, load_image_elsewhere())
-    assert (again / "part-199").exists()
-    assert (kernel / "kernel.so").exists()
-    assert not list(folder.rglob("*.tmp"))
-    assert not list(folder.rglob("*.lock"))
-
-
-@pytest.mark.parametrize("what", ["image", "kernel"])
-def test_what_a_killed_process_left_is_removed_by_work_on_another_entry(what, folder):
-    load_image(PLAN, WEIGHTS)
-    compiled("cpu", ["a"], write_kernel())
-    (folder / "images" / "dead.image.tmp").write_bytes(b"half")
-    (folder / "images" / "dead.image.lock").touch()
-    (folder / "kernels" / "dead.tmp").mkdir()
-    (folder / "kernels" / "dead.tmp" / "half.o").touch()
-    if what == "image":
-        load_image(plan_of(layout="rows"), WEIGHTS)
-    else:
-        compiled("cpu", ["b"], write_kernel())
-    assert not list((folder / f"{what}s").glob("dead*"))

@@ -13,11 +13,14 @@ from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import CheckpointWeights
 from flashformer.plan.plan import PlanOptions
 
-# Of the largest logit. float32 throughout: sums of up to 321 products in 4 layers round by some
-# 2^-24 x sqrt(321) each, 1e-6 in all; ten times that allows for another order of the sums.
-# Keys and values in 16 bits: each rounds by 2^-9 (bf16) of itself, and the softmax averages them.
-TOLERANCES = {"f32": 1e-5, "f16": 5e-4, "bf16": 2e-3}
-BACKENDS = ("reference", "cpu")
+# Of the largest logit, by the format of keys and values. float32 throughout: sums of up to 321
+# products in 4 layers round by some 2^-24 x sqrt(321) each, 1e-6 in all; ten times that allows for
+# another order of the sums. float16 keys and values round by 2^-12, which the sharp attention of
+# random weights passes on: the reference with a float16 cache is 0.7e-3 to 2.1e-3 away.
+TOLERANCES = {"f32": 1e-5, "f16": 2.5e-3}
+# A compiled backend takes seconds to build for each model: the rarest features of every family.
+COMPILED = ("llama-bias", "mistral-window", "qwen2-window", "qwen3", "smollm3", "phi3-longrope")
+CASES = [("reference", variant) for variant in VARIANTS] + [("cpu", v) for v in COMPILED]
 LENGTH = 128  # beyond the windows, the pages and one step's rows; the most that llama-dynamic has
 SHORT = 30  # within the original context of every scaled RoPE
 STEPS = 64
@@ -38,18 +41,24 @@ def transformers_logits(checkpoint):
     return logits
 
 
-@pytest.fixture(params=BACKENDS)
-def backend_of(request, checkpoint, tmp_path, monkeypatch):
-    """`backend_of("qwen3", context)` -> an open backend of that checkpoint, exact weights."""
-    monkeypatch.setenv("FLASHFORMER_CACHE_DIR", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory):
+    """Shared by the tests, so that each kernel is compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def backend_of(checkpoint, cache_folder, monkeypatch):
+    """`backend_of("cpu", "qwen3", context)` -> an open backend with that checkpoint's weights."""
+    monkeypatch.setenv("FLASHFORMER_CACHE_DIR", str(cache_folder))
     opened = []
 
-    def open_variant(variant, context):
+    def open_variant(device, variant, context=LENGTH):
         source = Checkpoint.open(checkpoint(variant))
         spec = ModelSpec.from_hf(source.config, source.generation_config)
         weights = CheckpointWeights(source, spec)
         options = PlanOptions(weights.dtype, weights.dtype, context, max_batch=1)
-        opened.append(open_backend(request.param, spec, weights, options, num_pages=40, threads=2))
+        opened.append(open_backend(device, spec, weights, options, num_pages=20, threads=2))
         return opened[-1]
 
     yield open_variant
@@ -80,9 +89,11 @@ def assert_close(backend, found, expected):
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_logits_of_a_prompt_are_those_of_transformers(variant, backend_of, transformers_logits):
-    backend = backend_of(variant, LENGTH)
+@pytest.mark.parametrize(("device", "variant"), CASES)
+def test_the_logits_of_a_prompt_are_those_of_transformers(
+    device, variant, backend_of, transformers_logits
+):
+    backend = backend_of(device, variant)
     ids = some_ids(backend, LENGTH)
     assert_close(backend, run(backend, ids), transformers_logits(variant, ids))
 
@@ -91,19 +102,19 @@ def test_the_logits_of_a_prompt_are_those_of_transformers(variant, backend_of, t
 def test_a_short_context_uses_the_tables_of_a_short_context(
     variant, backend_of, transformers_logits
 ):
-    backend = backend_of(variant, SHORT)
+    backend = backend_of("reference", variant, SHORT)
     ids = some_ids(backend, SHORT)
     assert_close(backend, run(backend, ids), transformers_logits(variant, ids))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("device", "variant"), CASES)
 def test_greedy_tokens_are_those_of_transformers_for_64_steps(
-    variant, backend_of, transformers_logits
+    device, variant, backend_of, transformers_logits
 ):
     # transformers grows the table of dynamic scaling while it decodes, here it is made for the
     # whole context: the two are the same model up to the original 64 positions only.
-    prompt_length = 1 if variant == "llama-dynamic" else LENGTH - STEPS + 1
-    backend = backend_of(variant, prompt_length + STEPS - 1)
+    prompt_length, context = (1, STEPS) if variant == "llama-dynamic" else (65, LENGTH)
+    backend = backend_of(device, variant, context)
     ids = some_ids(backend, prompt_length)
     logits = run(backend, ids)[-1]
     for _ in range(STEPS):
@@ -111,5 +122,9 @@ def test_greedy_tokens_are_those_of_transformers_for_64_steps(
         if len(ids) < prompt_length + STEPS:
             logits = run(backend, ids[-1:], first=len(ids) - 1)[0]
     # One pass over the finished text tells what transformers would have said at every step.
-    said = transformers_logits(variant, ids[:-1])[prompt_length - 1 :].argmax(axis=1)
-    assert ids[prompt_length:] == said.tolist()
+    expected = transformers_logits(variant, ids[:-1])[prompt_length - 1 :]
+    chosen = expected[np.arange(STEPS), ids[prompt_length:]]
+    # Where the best two are closer than the rounding of the cache can tell, either is right.
+    tolerance = 2 * TOLERANCES[backend.plan.machine.kv_format] * np.abs(expected).max()
+    exact = backend.plan.machine.kv_format == "f32"
+    assert (expected.max(axis=1) - chosen).max() <= (0 if exact else tolerance)
