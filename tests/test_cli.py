@@ -167,7 +167,7 @@ class Person:
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(cli):
-    person = Person("chat", *REFERENCE)
+    person = Person("chat", "--context", "300", *REFERENCE)
     person.wait_for(b"> ")
     person.type(b"hello\n")
     person.wait_for(b"hello\r\n")
@@ -176,6 +176,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(cli):
     person.wait_for(b"> ")
     person.type(b"/help\n")
     assert b"/reset" in person.wait_for(b"Ctrl-C stops an answer.")
+    person.wait_for(b"> ")
+    person.type(b"x" * 300 + b"\n")
+    assert b"context" in person.wait_for(b"forgets the conversation")
     person.wait_for(b"> ")
     person.type(b"\x04")
     assert person.exit_code() == 0

@@ -4,12 +4,15 @@ stdin lines -> answers on stdout
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from flashformer.engine.llm import LLM
+from flashformer.errors import UsageError
 from flashformer.serve import options
-from flashformer.serve.answer import Interrupt, collect, sampling_params, write_text
+from flashformer.serve.answer import Answer, Interrupt, collect, sampling_params, write_text
 from flashformer.serve.load import LoadOptions, load_llm
 from flashformer.serve.speed import measure_speed
 from flashformer.serve.terminal import Terminal, write_json
@@ -37,6 +40,10 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         first = [{"role": "system", "content": self.system}] if self.system else []
         return first + self.messages
+
+    def take_back(self) -> None:
+        """Forget the last message, which could not be answered."""
+        self.messages.pop()
 
     def answered(self, text: str) -> None:
         """Add the model's answer, even one that was stopped."""
@@ -76,7 +83,9 @@ def chat(
     sampling_params(None, given)  # a wrong flag is told before the model is loaded
     with Terminal(quiet=quiet) as terminal:
         loaded = LoadOptions(model, device, quant, context, threads)
+        started = time.perf_counter()
         with closing(load_llm(loaded, terminal)) as llm:
+            load_s = time.perf_counter() - started
             params = sampling_params(llm.default_sampling_params, given)
             conversation = Conversation(system)
             for line in _lines(terminal):
@@ -84,17 +93,30 @@ def chat(
                     if _command(line, conversation, terminal):
                         return
                     continue
-                chunks = llm.chat_stream(conversation.ask(line), params)
+                try:
+                    chunks = llm.chat_stream(conversation.ask(line), params)
+                except UsageError as error:  # the conversation has outgrown the context, say
+                    if not sys.stdin.isatty():
+                        raise
+                    conversation.take_back()
+                    terminal.note(f"error: {error} (/reset forgets the conversation)")
+                    continue
                 with closing(chunks), Interrupt() as interrupt:
                     answer = collect(chunks, None if as_json else write_text, interrupt)
                 conversation.answered(answer.text)
-                if as_json:
-                    write_json(answer.to_json(None))
-                    continue
-                write_text("\n")
-                speed = measure_speed(answer, llm, 0.0) if sys.stderr.isatty() else None
-                if speed is not None:
-                    terminal.note(speed.line())
+                _finish(answer, llm, load_s, as_json, terminal)
+
+
+def _finish(answer: Answer, llm: LLM, load_s: float, as_json: bool, terminal: Terminal) -> None:
+    """Report an answer: as JSON, or its speed to a person who watches."""
+    watched = as_json or (sys.stderr.isatty() and not terminal.quiet)
+    speed = measure_speed(answer, llm, load_s) if watched else None
+    if as_json:
+        write_json(answer.to_json(speed.to_json() if speed else None))
+        return
+    write_text("\n")
+    if speed is not None:
+        terminal.note(speed.line())
 
 
 def _lines(terminal: Terminal) -> Iterator[str]:

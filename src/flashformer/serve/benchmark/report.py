@@ -78,7 +78,7 @@ def table(rows: Sequence[Row], model: str, size: int, parameters: int, backend: 
         cells = (
             f"{model} {row.format}",
             f"{size / 2**30:.2f} GiB",
-            f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M",
+            f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M",
             backend,
             f"{row.test}{batch}{depth}",
             f"{row.tok_s:.2f} ± {row.tok_s_spread:.2f}",
