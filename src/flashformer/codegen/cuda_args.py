@@ -45,7 +45,7 @@ STEP_ARGS = (
     Field("num_steps", ctypes.c_int32),
     Field("num_pages", ctypes.c_int32, doc="KV pages of a layer"),
     Field("max_pages", ctypes.c_int32, doc="columns of page_table"),
-    Field("stop_after_stage", ctypes.c_int32, doc="0: run to the end"),
+    Field("stop_after", ctypes.c_int32, doc="end after this many matrices; 0: run to the end"),
     Field("tokens", ctypes.c_int32, length=8),
     Field("positions", ctypes.c_int32, length=8),
     Field("bases", ctypes.c_int32, length=8, doc="positions of the row's sequence stored before"),

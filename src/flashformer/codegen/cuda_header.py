@@ -154,14 +154,13 @@ def _layer_table(plan: Plan) -> list[str]:
     vectors = {(v.name, v.layer): v.offset for v in plan.vectors}
     rows = []
     for i, layer in enumerate(plan.spec.layers):
-        offsets = [matrices[name, i] for name in MATRICES]
-        offsets += [vectors.get((name, i), 0) for name in VECTORS]
-        rows.append(
-            "  {" + ", ".join(f"{o}ull" for o in offsets) + f", {layer.rope_idx}, {layer.window}}},"
-        )
-    fields = [f"  unsigned long long {name};" for name in (*MATRICES, *VECTORS)]
+        matrix = ", ".join(f"{matrices[name, i]}ull" for name in MATRICES)
+        vector = ", ".join(f"{vectors.get((name, i), 0)}ull" for name in VECTORS)
+        rows.append(f"  {{{{{matrix}}}, {vector}, {layer.rope_idx}, {layer.window}}},")
+    fields = [f"  unsigned long long {name};" for name in VECTORS]
     return [
         "struct LayerTable {  // byte offsets in the image",
+        f"  unsigned long long matrix[{len(MATRICES)}];  // {', '.join(MATRICES)}",
         *fields,
         "  int rope_idx;",
         "  int window;",

@@ -109,7 +109,7 @@ class CudaBackend:
         slots: Int32,
         page_table: Int32,
         num_steps: int,
-        stop_after_stage: int = 0,
+        stop_after: int = 0,
     ) -> Int32:
         """`num_steps` greedy tokens of up to `max_rows` rows in one launch: int32 [num_steps, rows].
 
@@ -134,7 +134,7 @@ class CudaBackend:
         args.num_slots = self.num_slots(rows)
         args.num_rows, args.num_steps = rows, num_steps
         args.num_pages, args.max_pages = self._num_pages, page_table.shape[1]
-        args.stop_after_stage = stop_after_stage
+        args.stop_after = stop_after
         for i in range(rows):
             args.tokens[i], args.positions[i] = int(token_ids[i]), int(positions[i])
             args.slots[i] = int(slots[i])
@@ -146,7 +146,7 @@ class CudaBackend:
         self._launch(args)
         result = out.cpu().numpy()[:, :rows]
         self._check_watchdog()
-        if not stop_after_stage:
+        if not stop_after:
             arrivals = num_steps * self._plan.machine.num_ctas
             self._barrier_start = (self._barrier_start + arrivals) % 2**32
         return result

@@ -11,7 +11,7 @@
 constexpr int dim_blocks = head_dim_padded / 16;
 constexpr u32 page_bytes = config::page_tokens * head_dim_padded * 2;  // keys, or values, of one kv head
 constexpr int page_blocks = config::page_tokens / 16;
-constexpr int min_chunk_pages = 2;
+constexpr int min_chunk_pages = 131072 / static_cast<int>(2 * page_bytes);  // smaller ones cost more to merge
 static_assert(config::group <= 16, "the query heads of a kv head are the 16 rows of one mma");
 static_assert(config::head_dim % 8 == 0, "a head is a whole number of packets");
 static_assert(page_bytes <= config::slot_bytes, "a page of keys of one head must fit a slot");
@@ -102,105 +102,98 @@ struct AttentionScratch {
 constexpr int head_packets = config::head_dim / 4;
 constexpr int packets_a_lane = (head_packets + 31) / 32;
 
-// One head of q, k or v of one row from its packets; then, for q and k, RMSNorm (if the model has it) and rotary
-// embedding. One warp; store(dim, value).
-template <bool rotate, class Store>
-__device__ __forceinline__ void load_head(const Cta& cta, float* head, const float* source, u32 tag, const float* norm,
-                                          int rope_idx, int row, Store&& store) {
+__device__ __forceinline__ u16 bf16_bits(float v) { return static_cast<u16>(cvt_bf16x2(v, 0.f)); }
+
+// One head of q, k or v of one row from its packets; for q and k RMSNorm (if the model has it) and rotary embedding.
+struct HeadTask {
+  const float* source;  // in the exchange
+  const float* norm;    // [head_dim]
+  int part;             // 0 query, 1 key, 2 value
+  int index;            // head of the group / position after base
+  int row;
+};
+
+__device__ __forceinline__ void load_head(const Cta& cta, const AttentionScratch& scratch, const HeadTask& task,
+                                          int rope_idx, u32 tag) {
+  float* head = scratch.heads + cta.warp * head_dim_padded;
   Vec16 packet[packets_a_lane];
-  float weight[packets_a_lane][4];
 #pragma unroll
   for (int j = 0; j < packets_a_lane; ++j) {
     const int at = cta.lane + 32 * j;
-    if (at >= head_packets) continue;
-    packet[j] = ld_relaxed_gpu_b128(source + 4 * at);
-    if constexpr (rotate && config::qk_norm) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) weight[j][e] = norm[4 * at + e];
-    }
+    if (at < head_packets) packet[j] = ld_relaxed_gpu_b128(task.source + 4 * at);
   }
   float square = 0;
 #pragma unroll
   for (int j = 0; j < packets_a_lane; ++j) {
     const int at = cta.lane + 32 * j;
     if (at >= head_packets) continue;
-    await_packet<Payload::single>(cta, packet[j], source + 4 * at, tag);
+    await_packet<Payload::single>(cta, packet[j], task.source + 4 * at, tag);
+    *reinterpret_cast<Vec16*>(head + 4 * at) = packet[j];
 #pragma unroll
     for (int e = 0; e < 4; ++e) square += __uint_as_float(packet[j].w[e]) * __uint_as_float(packet[j].w[e]);
   }
-  float rstd = 1;
-  if constexpr (rotate && config::qk_norm) {
-    rstd = rsqrtf(warp_sum(square) / config::head_dim + config::rms_norm_eps);
-  }
-#pragma unroll
-  for (int j = 0; j < packets_a_lane; ++j) {
-    const int at = cta.lane + 32 * j;
-    if (at >= head_packets) continue;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float value = __uint_as_float(packet[j].w[e]);
-      if constexpr (rotate && config::qk_norm) value *= rstd * weight[j][e];
-      head[4 * at + e] = value;
+  if constexpr (config::qk_norm) {
+    square = warp_sum(square);
+    if (task.part < 2) {
+      const float rstd = rsqrtf(square / config::head_dim + config::rms_norm_eps);
+      __syncwarp();
+      for (int dim = cta.lane; dim < config::head_dim; dim += 32) head[dim] *= rstd * task.norm[dim];
     }
   }
   __syncwarp();
   constexpr int half = config::rotary_dim / 2;
   for (int dim = cta.lane; dim < config::head_dim; dim += 32) {
     float value = head[dim];
-    if constexpr (rotate && half > 0) {
-      if (rope_idx >= 0 && dim < config::rotary_dim) {
-        const float2 turn = cta.shared.rotation[rope_idx][row][dim % half];
-        const float other = dim < half ? -head[dim + half] : head[dim - half];
-        value = value * turn.x + other * turn.y;
-      }
+    if (half > 0 && task.part < 2 && rope_idx >= 0 && dim < config::rotary_dim) {
+      const float2 turn = cta.shared.rotation[rope_idx][task.row][dim < half ? dim : dim - half];
+      const float other = dim < half ? -head[dim + half] : head[dim - half];
+      value = value * turn.x + other * turn.y;
     }
-    store(dim, value);
+    u8* to;
+    if (task.part == 0) {
+      value *= config::attention_scale * 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
+      const int word = dim % 4 / 2 * 2 + task.index / 8;
+      to = scratch.query + dim / 16 * 512 + (task.index % 8 * 4 + dim % 16 / 4) * 16 + word * 4 + dim % 2 * 2;
+    } else if (task.part == 1) {
+      to = scratch.keys + key_offset(task.index, dim);
+    } else {
+      to = scratch.values + value_offset(task.index, dim);
+    }
+    *reinterpret_cast<u16*>(to) = bf16_bits(value);
   }
   __syncwarp();
 }
 
-__device__ __forceinline__ u16 bf16_bits(float v) { return static_cast<u16>(cvt_bf16x2(v, 0.f)); }
-
 // Query heads of the unit into operand A, and the step's own keys and values into one block of 16 positions.
 __device__ __forceinline__ void prepare_unit(const Cta& cta, const AttentionScratch& scratch, const Exchange& exchange,
-                                             int layer, int step, u32 tag, int row, int kv_head, bool with_own) {
+                                             int layer, u32 tag, int row, int kv_head, bool with_own) {
   const LayerTable& table = layer_table[layer];
   const int num_own = with_own ? cta.args.positions[row] - cta.args.bases[row] + 1 : 0;
   // Values beyond num_own meet weights of zero and must be finite; so must the padding of every head.
+  constexpr bool exact = head_dim_padded == config::head_dim;
   constexpr int vecs = dim_blocks * 32;
-  u8* clear = head_dim_padded == config::head_dim ? scratch.values : scratch.query;
-  for (int i = cta.thread; i < (head_dim_padded == config::head_dim ? vecs : 3 * vecs); i += num_consumers) {
-    reinterpret_cast<Vec16*>(clear)[i] = Vec16{};
+  for (int i = cta.thread; i < (exact ? vecs : 3 * vecs); i += num_consumers) {
+    reinterpret_cast<Vec16*>(exact ? scratch.values : scratch.query)[i] = Vec16{};
   }
   cta.consumer_sync();
-  float* head = scratch.heads + cta.warp * head_dim_padded;
-  for (int task = cta.warp; task < config::group + 2 * num_own; task += num_consumer_warps) {
-    if (task < config::group) {
-      load_head<true>(cta, head,
-                      exchange.qkv + u64(row) * padded(config::qkv_rows) +
-                          (kv_head * config::group + task) * config::head_dim,
-                      tag, vector_at(cta, table.q_norm), table.rope_idx, row, [&](int dim, float value) {
-                        const int word = dim % 4 / 2 * 2 + task / 8;
-                        const int at = dim / 16 * 512 + (task % 8 * 4 + dim % 16 / 4) * 16 + word * 4 + dim % 2 * 2;
-                        *reinterpret_cast<u16*>(scratch.query + at) =
-                            bf16_bits(value * (config::attention_scale * 1.4426950408889634f));
-                      });
-      continue;
-    }
-    const int own = (task - config::group) / 2;  // positions of one sequence are consecutive rows, this row's the last
-    const int own_row = row - num_own + 1 + own;
-    const float* keys = exchange.qkv + u64(own_row) * padded(config::qkv_rows) + config::q_rows + kv_head * config::head_dim;
-    if ((task - config::group) % 2 == 0) {
-      load_head<true>(cta, head, keys, tag, vector_at(cta, table.k_norm), table.rope_idx, own_row,
-                      [&](int dim, float value) {
-                        *reinterpret_cast<u16*>(scratch.keys + key_offset(own, dim)) = bf16_bits(value);
-                      });
+#pragma unroll 1
+  for (int i = cta.warp; i < config::group + 2 * num_own; i += num_consumer_warps) {
+    HeadTask task;
+    int first;  // row of the qkv projection
+    if (i < config::group) {
+      task.part = 0;
+      task.index = i;
+      task.row = row;
+      first = (kv_head * config::group + i) * config::head_dim;
     } else {
-      load_head<false>(cta, head, keys + config::num_kv_heads * config::head_dim, tag, nullptr, -1, own_row,
-                       [&](int dim, float value) {
-                         *reinterpret_cast<u16*>(scratch.values + value_offset(own, dim)) = bf16_bits(value);
-                       });
+      task.part = 1 + (i - config::group) % 2;
+      task.index = (i - config::group) / 2;
+      task.row = row - num_own + 1 + task.index;  // a sequence's positions are consecutive rows, this row's the last
+      first = config::q_rows + ((task.part - 1) * config::num_kv_heads + kv_head) * config::head_dim;
     }
+    task.source = exchange.qkv + u64(task.row) * padded(config::qkv_rows) + first;
+    task.norm = vector_at(cta, task.part == 0 ? table.q_norm : table.k_norm);
+    load_head(cta, scratch, task, table.rope_idx, tag);
   }
   cta.consumer_sync();
 }
@@ -391,46 +384,52 @@ __device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, cons
   const AttentionScratch scratch(cta.x);
   for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
     const bool with_own = chunk == past.num_chunks - 1;
-    prepare_unit(cta, scratch, exchange, layer, step, tag, row, kv_head, with_own);
+    prepare_unit(cta, scratch, exchange, layer, tag, row, kv_head, with_own);
     WarpAttention own;
     const int end = min(past.num_pages, (chunk + 1) * past.chunk_pages);
-    for (int page = chunk * past.chunk_pages; page < end; ++page) {
-      RingReader values_ring = ring;
-      const u8* keys = ring.wait();
-      values_ring.next.advance(cta.args.num_slots);
-      const u8* values = values_ring.wait();
-      // Pages alternate between groups of page_blocks warps.
-      const int block = cta.warp - page % (num_consumer_warps / page_blocks) * page_blocks;
-      if (block >= 0 && block < page_blocks) {
-        const int first = (past.first_page + page) * config::page_tokens + block * 16;
-        own.block(scratch.query, keys + block * dim_blocks * 512, values + block * dim_blocks * 512, cta.lane, first,
-                  past.first, past.base);
+#pragma unroll 1
+    for (int page = chunk * past.chunk_pages; page < end + with_own; ++page) {
+      // The step's own positions come last, as one block of warp 0.
+      const u8* keys = scratch.keys;
+      const u8* values = scratch.values;
+      int block = cta.warp;
+      int num_blocks = 1;
+      int first = past.base;
+      int visible = cta.args.positions[row] + step + 1;
+      if (page < end) {
+        RingReader second = ring;
+        keys = ring.wait();
+        second.next.advance(cta.args.num_slots);
+        values = second.wait();
+        block -= page % (num_consumer_warps / page_blocks) * page_blocks;  // pages alternate between groups of warps
+        num_blocks = page_blocks;
+        first = (past.first_page + page) * config::page_tokens;
+        visible = past.base;
       }
-      ring.release();
-      ring.release();
-    }
-    if (with_own && cta.warp == 0) {
-      own.block(scratch.query, scratch.keys, scratch.values, cta.lane, past.base, past.first,
-                cta.args.positions[row] + step + 1);
+      if (block >= 0 && block < num_blocks) {
+        own.block(scratch.query, keys + block * dim_blocks * 512, values + block * dim_blocks * 512, cta.lane,
+                  first + block * 16, past.first, visible);
+      }
+      if (page < end) {
+        ring.release();
+        ring.release();
+      }
     }
     u8* out = exchange.attention + row * x_row_bytes(config::q_rows);
-    if (past.num_chunks == 1) {
-      merge_warps(cta, scratch, own, [&](int head, int dim, float value, float, float total) {
+    const u64 partial = ((u64(row) * config::num_kv_heads + kv_head) * config::max_chunks + chunk) * config::group;
+    merge_warps(cta, scratch, own, [&](int head, int dim, float value, float top, float total) {
+      if (past.num_chunks == 1) {
         send_halves(cta, out + ((kv_head * config::group + head) * config::head_dim + dim) * 2, value / total, tag,
                     dim < config::head_dim);
-      });
-    } else {
-      const u64 first = ((u64(row) * config::num_kv_heads + kv_head) * config::max_chunks + chunk) * config::group;
-      merge_warps(cta, scratch, own, [&](int head, int dim, float value, float top, float total) {
-        if (dim >= config::head_dim) return;
-        exchange.partial[(first + head) * head_dim_padded + dim] = value;
+      } else if (dim < config::head_dim) {
+        exchange.partial[(partial + head) * head_dim_padded + dim] = value;
         if (dim == 0) {
-          exchange.partial_stats[(first + head) * 2] = top;
-          exchange.partial_stats[(first + head) * 2 + 1] = total;
+          exchange.partial_stats[(partial + head) * 2] = top;
+          exchange.partial_stats[(partial + head) * 2 + 1] = total;
         }
-      });
-      merge_chunks(cta, exchange, row, kv_head, past.num_chunks, out, tag);
-    }
+      }
+    });
+    if (past.num_chunks > 1) merge_chunks(cta, exchange, row, kv_head, past.num_chunks, out, tag);
     if (with_own) append_past(cta, scratch, layer, step, row, kv_head);
     cta.consumer_sync();  // the scratch is free again
   });

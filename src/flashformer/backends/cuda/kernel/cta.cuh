@@ -21,8 +21,8 @@ struct Shared {
   float norm[2][config::residual_tiles * tile_rows];  // weights of the norms behind those rows: after o_proj, after down
   float2 rotation[config::num_ropes][max_rows][config::rotary_dim / 2 + 1];  // cos, sin of each row's position
   float rstd[max_rows];                                         // 1 / rms of each token's hidden state
-  float best_logit[num_consumer_warps][max_rows];
-  int best_id[num_consumer_warps][max_rows];
+  float best_logit[num_consumer_warps][max_rows / 2][32];
+  int best_id[num_consumer_warps][max_rows / 2][32];
   float warp_sum[num_consumer_warps][max_rows];
   int token[max_rows];
   u64 full[max_slots];

@@ -1,36 +1,30 @@
 // The whole decoder as one persistent kernel: one CTA a streaming multiprocessor, one launch for many tokens.
 //
 // A producer warp streams every byte that the steps will need through the ring, far ahead of the eight consumer warps.
-// CTAs hand values to each other in packets; they meet at a barrier once a token. `Consumer::run` is the model.
+// CTAs hand values to each other in packets; they meet at a barrier once a token. `Consumer::run` is the model. All
+// matrices go through one piece of code: a kernel that fits the instruction cache starts every stage at once.
 #include "attention.cuh"
 #include "grid_barrier.cuh"
 #include "sample.cuh"
 
-using HiddenTiles = Tiles<config::hidden_size>;     // columns of qkv, gate_up and lm_head
-using OProjTiles = Tiles<config::q_rows>;
-using DownTiles = Tiles<config::intermediate_size>;
-
-__device__ constexpr int tiles_of(int rows) { return (rows + tile_rows - 1) / tile_rows; }
-constexpr int gate_up_tiles = (config::intermediate_size + 7) / 8;  // 8 gate rows and the 8 up rows of the same index
-
 // Everything that the steps read, in the order in which the consumers use it.
 template <class Sink>
-__device__ __forceinline__ void walk(const Cta& cta, Sink& ring, bool wait_for_past) {
-  const u8* image = cta.args.image;
+__device__ __forceinline__ void walk(const Cta& cta, Sink& sink, bool wait_for_past) {
+#pragma unroll 1
   for (int step = 0; step < cta.args.num_steps; ++step) {
-    for (int layer = 0; layer < config::num_layers; ++layer) {
-      const LayerTable& table = layer_table[layer];
-      stream_tiles(ring, HiddenTiles(cta.idx, tiles_of(config::qkv_rows)), image + table.qkv);
-      if (wait_for_past && layer == 0 && step > 0) {  // all keys and values of the step before are in their pages
-        cta.wait(&cta.shared.kv_ready, (step - 1) & 1, WaitKind::kv_ready);
-        fence_proxy_async();
+#pragma unroll 1
+    for (int matrix = 0; matrix < num_matrices; ++matrix) {
+      const Kind kind = kind_of(matrix);
+      const int layer = matrix / kinds_a_layer;
+      if (kind == Kind::o_proj) {
+        if (wait_for_past && layer == 0 && step > 0) {  // all keys and values of the step before are in their pages
+          cta.wait(&cta.shared.kv_ready, (step - 1) & 1, WaitKind::kv_ready);
+          fence_proxy_async();
+        }
+        stream_past(sink, layer, step);
       }
-      stream_past(ring, layer, step);
-      stream_tiles(ring, OProjTiles(cta.idx, tiles_of(config::hidden_size)), image + table.o_proj);
-      stream_tiles(ring, HiddenTiles(cta.idx, gate_up_tiles), image + table.gate_up);
-      stream_tiles(ring, DownTiles(cta.idx, tiles_of(config::hidden_size)), image + table.down);
+      stream_tiles(sink, Shape(kind, cta.idx), cta.args.image + matrix_offset(kind, layer));
     }
-    stream_tiles(ring, HiddenTiles(cta.idx, tiles_of(config::vocab_size)), image + config::lm_head_offset);
   }
 }
 
@@ -49,99 +43,102 @@ struct Consumer {
   Cta& cta;
   RingReader ring;
   Exchange exchange;
-  OProjTiles owned;  // tiles of the hidden state: the same of o_proj and of down
-  u32 buffer = 0;    // of the sums of a tile
-  u32 tag = 0;       // of this layer's packets
-  int stages = 0;
+  u32 buffer = 0;  // of the sums of a tile
+  u32 tag = 0;     // of this layer's packets
 
-  __device__ explicit Consumer(Cta& c)
-      : cta(c), ring(c), exchange(c.args), owned(c.idx, tiles_of(config::hidden_size)) {}
+  __device__ explicit Consumer(Cta& c) : cta(c), ring(c), exchange(c.args) {}
 
   __device__ __forceinline__ const float* bias(bool exists, u64 offset) const {
     return exists ? vector_at(cta, offset) : nullptr;
   }
 
-  __device__ __forceinline__ void load_hidden(const u8* hidden, int which, u32 input_tag) {
-    FetchRstd rstd(cta, exchange.squares + which * max_rows * hidden_tiles, input_tag);
-    load_x<config::hidden_size>(cta, {hidden, input_tag});
-    rstd.store(cta);
-    cta.consumer_sync();
-    cta.trace();
-  }
-
-  __device__ __forceinline__ void qkv(int layer) {
-    const HiddenTiles tiles(cta.idx, tiles_of(config::qkv_rows));
-    if (layer > 0) load_hidden(exchange.hidden_attention, 0, tag ^ 1);
-    const float* b = bias(config::qkv_bias, layer_table[layer].qkv_bias);
-    matvec(cta, ring, tiles, buffer, [&](int tile, int row, int token, int, float sum) {
-      const int at = tile * tile_rows + row;
-      const bool valid = token < cta.args.num_rows;
-      float value = valid ? sum * cta.shared.rstd[token] : 0.f;
-      if (b) value += b[at];
-      send_singles(cta, exchange.qkv + u64(token) * padded(config::qkv_rows) + at, value, tag, valid);
-    });
-  }
-
-  // Stages that end in the residual.
-  template <int cols>
-  __device__ __forceinline__ void to_hidden(const u8* input, u64 norm_offset, int which, const float* b, u8* out) {
-    float* weights = cta.shared.norm[which];
-    load_norm_weights(cta, owned.begin, owned.end, norm_offset, weights);
-    const HiddenEpilogue epilogue{cta, owned.begin, b, weights, out, exchange.squares + which * max_rows * hidden_tiles,
-                                  tag};
-    const Tiles<cols> tiles(cta.idx, tiles_of(config::hidden_size));
-    const Windows<cols> windows(cta.args);
-    if (windows.count == 1) {
-      load_x<cols>(cta, {input, tag});
-      cta.consumer_sync();
-      cta.trace();
-      matvec(cta, ring, tiles, buffer, epilogue);
-    } else {
-      matvec_windows(cta, ring, tiles, windows, {input, tag}, buffer, epilogue);
+  __device__ __forceinline__ Input input_of(Kind kind) const {
+    switch (kind) {
+      case Kind::o_proj: return {exchange.attention, config::q_rows, tag};
+      case Kind::gate_up: return {exchange.hidden_mlp, config::hidden_size, tag};
+      case Kind::down: return {exchange.mlp, config::intermediate_size, tag};
+      default: return {exchange.hidden_attention, config::hidden_size, tag ^ 1};  // of the layer before
     }
   }
 
-  __device__ __forceinline__ void o_proj(int layer) {
+  // Where o_proj and down send the hidden state: times the weights of the norm in front of its reader.
+  __device__ __forceinline__ HiddenOutput hidden_output(Kind kind, int layer, int first_tile) const {
     const LayerTable& table = layer_table[layer];
-    to_hidden<config::q_rows>(exchange.attention, table.post_attention_layernorm, 1,
-                              bias(config::o_bias, table.o_bias), exchange.hidden_mlp);
+    if (kind == Kind::o_proj) {
+      return {first_tile, bias(config::o_bias, table.o_bias), cta.shared.norm[1], exchange.hidden_mlp,
+              exchange.squares + max_rows * hidden_tiles};
+    }
+    return {first_tile, bias(config::mlp_bias, table.down_bias), cta.shared.norm[0], exchange.hidden_attention,
+            exchange.squares};
   }
 
-  __device__ __forceinline__ void gate_up(int layer) {
-    const HiddenTiles tiles(cta.idx, gate_up_tiles);
-    load_hidden(exchange.hidden_mlp, 1, tag);
-    const float* b = bias(config::mlp_bias, layer_table[layer].gate_up_bias);
-    matvec(cta, ring, tiles, buffer, [&](int tile, int row, int token, int, float sum) {
-      const bool valid = token < cta.args.num_rows;
-      float value = valid ? sum * cta.shared.rstd[token] : 0.f;
-      if (b) value += b[tile * tile_rows + row];
-      const float up = __shfl_down_sync(~0u, value, 8);
-      const int col = tile * 8 + row;
-      const float act = col < config::intermediate_size ? value / (1.f + __expf(-value)) * up : 0.f;
-      send_halves(cta, exchange.mlp + token * x_row_bytes(config::intermediate_size) + col * 2, act, tag,
-                  valid && row < 8);
-    });
-  }
-
-  __device__ __forceinline__ void down(int layer) {
+  __device__ __forceinline__ void load_norm_weights(Kind kind, int layer, const Shape& shape) const {
     const bool last = layer + 1 == config::num_layers;
-    const u64 norm = last ? config::norm_offset : layer_table[last ? layer : layer + 1].input_layernorm;
-    to_hidden<config::intermediate_size>(exchange.mlp, norm, 0, bias(config::mlp_bias, layer_table[layer].down_bias),
-                                         exchange.hidden_attention);
+    const u64 offset = kind == Kind::o_proj ? layer_table[layer].post_attention_layernorm
+                       : last               ? config::norm_offset
+                                            : layer_table[layer + 1].input_layernorm;
+    load_norm(cta, shape.begin, shape.end, offset, cta.shared.norm[kind == Kind::down ? 0 : 1]);
   }
 
-  __device__ __forceinline__ void lm_head() {
-    const HiddenTiles tiles(cta.idx, tiles_of(config::vocab_size));
-    Best best;
-    load_hidden(exchange.hidden_attention, 0, tag ^ 1);
-    matvec(cta, ring, tiles, buffer, HeadEpilogue{cta, best});
-    publish_best(cta, exchange, best);
+  __device__ __forceinline__ void qkv_output(const float* b, int tile, int row, int token, float sum) const {
+    const int at = tile * tile_rows + row;
+    const bool valid = token < cta.args.num_rows;
+    float value = valid ? sum * cta.shared.rstd[token] : 0.f;
+    if (b) value += b[at];
+    send_singles(cta, exchange.qkv + u64(token) * padded(config::qkv_rows) + at, value, tag, valid);
+  }
+
+  // A tile holds 8 rows of gate, then the 8 rows of up of the same index.
+  __device__ __forceinline__ void gate_up_output(const float* b, int tile, int row, int token, float sum) const {
+    const bool valid = token < cta.args.num_rows;
+    float value = valid ? sum * cta.shared.rstd[token] : 0.f;
+    if (b) value += b[tile * tile_rows + row];
+    const float up = __shfl_down_sync(~0u, value, 8);
+    const int col = tile * 8 + row;
+    const float act = col < config::intermediate_size ? value / (1.f + __expf(-value)) * up : 0.f;
+    send_halves(cta, exchange.mlp + token * x_row_bytes(config::intermediate_size) + col * 2, act, tag,
+                valid && row < 8);
+  }
+
+  __device__ __forceinline__ void multiply(Kind kind, int layer) {
+    const Shape shape(kind, cta.idx);
+    const Windows windows(shape, cta.args);
+    const Input input = input_of(kind);
+    const bool normed = kind == Kind::qkv || kind == Kind::gate_up || kind == Kind::lm_head;
+    if (kind == Kind::lm_head) clear_best(cta);
+    if (!normed) load_norm_weights(kind, layer, shape);
+    const bool embedded = kind == Kind::qkv && layer == 0;  // the first input is already there
+    if (windows.count == 1 && !embedded) {
+      load_x(cta, input, shape.fragments);
+      cta.consumer_sync();
+    }
+    // Not needed before the first tile's sums are: its way from L2 is hidden behind that tile.
+    FetchRstd rstd(cta, exchange.squares + (kind == Kind::gate_up ? max_rows * hidden_tiles : 0), input.tag,
+                   normed && !embedded);
+    cta.trace();
+    const HiddenOutput hidden = hidden_output(kind, layer, shape.begin);
+    const float* b = kind == Kind::qkv ? bias(config::qkv_bias, layer_table[layer].qkv_bias)
+                     : kind == Kind::gate_up ? bias(config::mlp_bias, layer_table[layer].gate_up_bias)
+                                             : nullptr;
+    auto epilogue = [&](int tile, int row, int token, int i, float sum) {
+      switch (kind) {
+        case Kind::qkv: return qkv_output(b, tile, row, token, sum);
+        case Kind::gate_up: return gate_up_output(b, tile, row, token, sum);
+        case Kind::lm_head: return head_output(cta, tile, row, token, i, sum);
+        default: return hidden(cta, tag, tile, row, token, sum);
+      }
+    };
+    if (windows.count == 1) {
+      matvec(cta, ring, shape, buffer, rstd, epilogue);
+    } else {
+      matvec_windows(cta, ring, shape, windows, input, buffer, epilogue);
+    }
+    cta.trace();
   }
 
   // The host may ask to stop early and look at the buffers: everybody else runs on without waiting.
-  __device__ __forceinline__ bool stop_here() {
-    cta.trace();
-    if (++stages != cta.args.stop_after_stage) return false;
+  __device__ __forceinline__ bool stop_here(int matrix) const {
+    if (matrix + 1 != cta.args.stop_after) return false;
     cta.consumer_sync();
     if (cta.thread == 0) *static_cast<volatile u32*>(&cta.shared.aborted) = 1;
     return true;
@@ -150,24 +147,24 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     if (cta.thread < cta.args.num_rows) cta.shared.token[cta.thread] = cta.args.tokens[cta.thread];
     cta.consumer_sync();
+#pragma unroll 1
     for (int step = 0; step < cta.args.num_steps; ++step) {
       load_rotations(cta, step);
+      const Shape owned(Kind::down, cta.idx);
       embed(cta, owned.begin, owned.end);
-      cta.trace();
-      for (int layer = 0; layer < config::num_layers; ++layer, tag ^= 1) {
-        qkv(layer);
-        if (stop_here()) return;
-        attention(cta, ring, exchange, layer, step, tag);
-        if (stop_here()) return;
-        o_proj(layer);
-        if (stop_here()) return;
-        gate_up(layer);
-        if (stop_here()) return;
-        down(layer);
-        if (stop_here()) return;
+#pragma unroll 1
+      for (int matrix = 0; matrix < num_matrices; ++matrix) {
+        const Kind kind = kind_of(matrix);
+        const int layer = min(matrix / kinds_a_layer, config::num_layers - 1);
+        if (kind == Kind::o_proj) {
+          attention(cta, ring, exchange, layer, step, tag);
+          cta.trace();
+        }
+        multiply(kind, layer);
+        if (stop_here(matrix)) return;
+        if (kind == Kind::down) tag ^= 1;
       }
-      lm_head();
-      cta.trace();
+      publish_best(cta, exchange);
       grid_barrier(cta);
       if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
       pick_tokens(cta, exchange, step);

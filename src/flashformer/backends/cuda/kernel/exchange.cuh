@@ -1,6 +1,10 @@
 // The buffers through which CTAs hand values to each other, all in global memory (and, in practice, in L2).
 #pragma once
-#include "matvec.cuh"
+#include "ring.cuh"
+
+__device__ constexpr int padded(int cols) { return (cols + 15) / 16 * 16; }
+__device__ constexpr u32 x_row_bytes(int cols) { return padded(cols) * 2; }
+__device__ constexpr u32 x_row_stride(int cols) { return padded(cols) * 2 + 32; }  // +32: tokens on different banks
 
 constexpr int hidden_tiles = padded(config::hidden_size) / tile_rows;
 constexpr int head_dim_padded = padded(config::head_dim);

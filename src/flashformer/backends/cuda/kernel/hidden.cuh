@@ -3,7 +3,7 @@
 // The fp32 residual of a row lives in the shared memory of the CTA that owns the row in o_proj and down. What travels
 // is hidden * norm weight in 16 bits, with one sum of squares a tile; 1 / rms is a factor of the next stage's sums.
 #pragma once
-#include "exchange.cuh"
+#include "matvec.cuh"
 
 // 1 / rms of each token from the sums of its tiles: warp w does token w, all loads on their way at once.
 struct FetchRstd {
@@ -14,9 +14,10 @@ struct FetchRstd {
   int end;
   u32 tag;
 
-  __device__ __forceinline__ FetchRstd(const Cta& cta, const float* squares, u32 input_tag) : tag(input_tag) {
+  __device__ __forceinline__ FetchRstd(const Cta& cta, const float* squares, u32 input_tag, bool wanted)
+      : tag(input_tag) {
     lane = recomputed(cta.lane);
-    end = cta.warp < cta.args.num_rows ? hidden_tiles : 0;
+    end = wanted && cta.warp < cta.args.num_rows ? hidden_tiles : 0;
     words = reinterpret_cast<const u32*>(squares) + cta.warp * hidden_tiles;
 #pragma unroll
     for (int j = 0; j < n; ++j) square[j] = lane + 32 * j < end ? ld_relaxed_gpu(words + lane + 32 * j) : tag;
@@ -46,8 +47,8 @@ struct FetchRstd {
 };
 
 // Weights of the norm behind this CTA's rows of the hidden state, early, so that no epilogue waits for memory.
-__device__ __forceinline__ void load_norm_weights(const Cta& cta, int first_tile, int end_tile, u64 norm_offset,
-                                                  float* weights) {
+__device__ __forceinline__ void load_norm(const Cta& cta, int first_tile, int end_tile, u64 norm_offset,
+                                          float* weights) {
   for (int i = cta.thread; i < (end_tile - first_tile) * tile_rows; i += num_consumers) {
     const int col = first_tile * tile_rows + i;
     weights[i] = col < config::hidden_size ? vector_at(cta, norm_offset)[col] * config::exchange_scale : 0.f;
@@ -55,16 +56,14 @@ __device__ __forceinline__ void load_norm_weights(const Cta& cta, int first_tile
 }
 
 // Output rows of o_proj and down: add to the residual, publish for the next stage.
-struct HiddenEpilogue {
-  const Cta& cta;
+struct HiddenOutput {
   int first_tile;
   const float* bias;          // [hidden_size] or null
   const float* norm_weights;  // of the CTA's tiles, in shared memory
   u8* out;
   float* squares;
-  u32 tag;
 
-  __device__ __forceinline__ void operator()(int tile, int row, int token, int, float sum) const {
+  __device__ __forceinline__ void operator()(const Cta& cta, u32 tag, int tile, int row, int token, float sum) const {
     const int col = tile * tile_rows + row;
     const bool valid = token < cta.args.num_rows;
     float hidden = 0;
@@ -87,7 +86,7 @@ __device__ __forceinline__ u64 fragment_word(int row, int col) {
   const int r = row % tile_rows;
   const int lane = r % 8 * 4 + col % 16 / 4;
   const int word = col % 4 / 2 * 2 + r / 8;
-  return u64(row / tile_rows) * Tiles<config::hidden_size>::tile_bytes + col / 16 * 512 + lane * 16 + word * 4;
+  return u64(row / tile_rows) * (padded(config::hidden_size) * 2 * tile_rows) + col / 16 * 512 + lane * 16 + word * 4;
 }
 
 // Embedding rows of the step's tokens: into x (times the first norm's weight) and the residual of the owned rows.
