@@ -14,7 +14,7 @@ class UsageError(FlashFormerError):
 
 
 class ParameterError(UsageError):
-    """One parameter of a request is wrong; `parameter` is its name, for front ends that report it."""
+    """One parameter of a request is wrong; `parameter` is its name, for those who report it."""
 
     def __init__(self, parameter: str, sentence: str) -> None:
         super().__init__(f"{parameter} {sentence}")

@@ -1,4 +1,4 @@
-"""What every backend offers the engine: one step = up to `max_rows` rows through the whole model."""
+"""What every backend offers the engine: a step, up to `max_rows` rows through the whole model."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,17 +14,17 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The rows of one step. A row is one token of one sequence; rows of a sequence come in order of position.
+    """The rows of one step: a row is one token of one sequence.
 
-    A decode step has one row a sequence; a prompt chunk has many rows of one sequence; both mix freely.
-    The key and value of every row are stored before any row attends, so a row sees itself and all
-    earlier positions of its sequence.
+    Rows of a sequence come in the order of their positions. A decode step has one row a sequence, a
+    prompt chunk has many rows of one sequence; both mix freely. The key and value of every row are
+    stored before any row attends, so a row sees itself and all earlier positions of its sequence.
     """
 
     token_ids: Int32  # [rows], 0 <= id < vocab_size
     positions: Int32  # [rows]
     slots: Int32  # [rows]: which sequence (row of page_table)
-    page_table: Int32  # [max_batch, max_pages]: KV page of each page_tokens positions of each slot; -1: none
+    page_table: Int32  # [max_batch, max_pages]: a slot's KV page of page_tokens positions; -1: none
     logit_rows: Int32  # [n]: rows whose logits are wanted, ascending
 
 
@@ -33,9 +33,7 @@ class StepResult:
     """What a step gives back. Arrays may be views of backend memory, valid until the next step."""
 
     logits: Float32  # [n, vocab_size]
-    argmax: (
-        Int32  # [n]: index of the largest logit, the lowest one on a tie; -1 if the row has a NaN
-    )
+    argmax: Int32  # [n]: index of the largest logit, the lowest on a tie; -1 if the row has a NaN
 
 
 class Backend(Protocol):
