@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from checkpoints import make_checkpoint
 from command_line import CommandLine
+from flashformer.serve.speed import Speed
 
 REFERENCE = ("--device", "reference")
 USAGE = {"prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens"}
@@ -84,6 +85,28 @@ def test_the_speed_of_an_answer_counts_the_bytes_of_the_plan(cli):
     # The default model: about three million bf16 weights.
     assert 5.5e6 < timing["bytes_per_token"] < 7e6
     assert timing["share"] is None, "a model this small says nothing about memory"
+
+
+def test_the_line_about_speed_is_the_promised_one():
+    speed = Speed(
+        load_s=1.0,
+        prompt_tokens=34,
+        completion_tokens=128,
+        cached_tokens=0,
+        first_token_s=0.042,
+        prompt_tok_s=812.2,
+        decode_tok_s=41.3,
+        ms_per_token=24.2,
+        bytes_per_token=457_000_000,
+        gb_s=18.9,
+        read_gb_s=24.8,
+        share=0.762,
+    )
+    assert speed.line() == (
+        "prompt 34 tok 812 tok/s · 128 tok 41.3 tok/s (24.2 ms/tok, 18.9 GB/s, "
+        "76 % of 24.8 GB/s measured now) · first token 42 ms"
+    )
+    assert set(speed.to_json()) == TIMING
 
 
 def test_a_prompt_comes_from_standard_input(cli):

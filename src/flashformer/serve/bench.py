@@ -93,9 +93,9 @@ def bench(
         parse_numbers("-d", depths),
         parse_numbers("-b", batches),
     )
-    machine = {**machine_json(device, threads), **system()}
     with Terminal(quiet=quiet) as terminal:
         found = find_model(model, model_shape)
+        machine = {**machine_json(device, found.spec, threads), **system()}
         names = quant.split(",") if quant else [found.stored_format]
         results = [run_format(found, n, cases, repeats, device, threads, terminal) for n in names]
     document = to_json(found, machine, results)
@@ -136,7 +136,7 @@ def run_format(
         context=max(PROMPT_TOKENS + 1, *(case.context for case in cases)),
         max_batch=max(case.batch for case in cases),
     )
-    machine = machine_of(device, threads)
+    machine = machine_of(device, model.spec, threads)
     plan = make_plan(model.spec, machine, plan_options)
     pages = -(-plan_options.context // machine.page_tokens) * plan_options.max_batch
     backend = open_backend(
@@ -168,9 +168,9 @@ def run_format(
     return Result(plan.image_bytes, kind, checks, measured.read_gb_s, rows)
 
 
-def machine_json(device: str, threads: int | None) -> dict[str, Any]:
+def machine_json(device: str, spec: ModelSpec, threads: int | None) -> dict[str, Any]:
     """The planner's machine, by the names that a result file uses."""
-    machine = machine_of(device, threads)
+    machine = machine_of(device, spec, threads)
     return {"kind": machine.kind, "arch": machine.arch, "threads": machine.num_ctas}
 
 

@@ -21,6 +21,7 @@ from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK, failure_of, rep
 from flashformer.serve.inspect import inspect_model
 from flashformer.serve.plan import show_plan
 from flashformer.serve.run import run
+from flashformer.serve.terminal import Terminal
 
 app = typer.Typer(
     name="flashformer",
@@ -101,4 +102,6 @@ def _drop_stdout() -> None:
 
 def main() -> None:
     """Entry point of the `flashformer` script."""
+    if not Terminal(quiet="--quiet" in sys.argv or "-q" in sys.argv).shows_bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(execute(sys.argv[1:]))

@@ -99,7 +99,7 @@ def describe(checkpoint: Checkpoint, spec: ModelSpec, device: str) -> dict[str, 
 def memory_of(spec: ModelSpec, name: str, device: str, context: int) -> Memory:
     """What the model needs in one weight format, for one sequence."""
     options_ = PlanOptions(format=name, head_format=name, context=context, max_batch=1)
-    plan = make_plan(spec, machine_of(device), options_)
+    plan = make_plan(spec, machine_of(device, spec), options_)
     total = plan.image_bytes + context * plan.kv_bytes_per_token
     available = available_memory()
     fits = None if available is None else total <= available

@@ -60,7 +60,7 @@ def plan_of(options: LoadOptions) -> Plan:
     spec = ModelSpec.from_hf(checkpoint.config, checkpoint.generation_config)
     weights = CheckpointWeights(checkpoint, spec)
     chosen = plan_options(spec, options.quant or weights.dtype, options)
-    return make_plan(spec, machine_of(options.device, options.threads), chosen)
+    return make_plan(spec, machine_of(options.device, spec, options.threads), chosen)
 
 
 def plan_options(spec: ModelSpec, weight_format: str, options: LoadOptions) -> PlanOptions:

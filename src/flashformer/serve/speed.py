@@ -53,10 +53,11 @@ class Speed:
             prompt += f" ({self.cached_tokens} cached)"
         decode = f"{self.completion_tokens} tok"
         if self.decode_tok_s and self.ms_per_token and self.gb_s:
-            decode += f" {self.decode_tok_s:.1f} tok/s ({self.ms_per_token:.2f} ms/tok"
+            digits = 1 if self.ms_per_token >= 10 else 2
+            decode += f" {self.decode_tok_s:.1f} tok/s ({self.ms_per_token:.{digits}f} ms/tok"
             decode += f", {self.gb_s:.1f} GB/s"
             if self.share and self.read_gb_s:
-                decode += f", {self.share:.0%} of {self.read_gb_s:.1f} GB/s"
+                decode += f", {100 * self.share:.0f} % of {self.read_gb_s:.1f} GB/s measured now"
             decode += ")"
         return f"{prompt} · {decode} · first token {self.first_token_s * 1e3:.0f} ms"
 
