@@ -57,13 +57,13 @@ def open_backend(
     return open_cpu(spec, weights, options, num_pages, threads, progress)
 
 
-def machine_of(device: str, threads: int | None = None) -> Machine:
-    """The machine that `open_backend` would plan for; opens and allocates nothing.
+def machine_of(device: str, spec: ModelSpec, threads: int | None = None) -> Machine:
+    """The machine that `open_backend` would plan `spec` for; opens and allocates nothing.
 
     Raises `UsageError` for an unknown or impossible device.
     """
     if _is_cuda(device):
-        machine: Machine = _cuda("cuda_machine")()
+        machine: Machine = _cuda("cuda_machine")(spec)
         return machine
     if device == "reference":
         from flashformer.backends.reference import reference_machine

@@ -1,4 +1,4 @@
-"""The arguments of one launch of the CUDA kernel, written once: rendered as C++ and built as ctypes."""
+"""The arguments of one launch of the CUDA kernel: rendered as C++ and built as ctypes."""
 
 import ctypes
 from dataclasses import dataclass
@@ -67,3 +67,6 @@ def make_ctypes(name: str, fields: tuple[Field, ...]) -> type[ctypes.Structure]:
     """The same struct for Python."""
     members = [(f.name, f.ctype * f.length if f.length else f.ctype) for f in fields]
     return type(name, (ctypes.Structure,), {"_fields_": members})
+
+
+CudaStepArgs = make_ctypes("StepArgs", STEP_ARGS)

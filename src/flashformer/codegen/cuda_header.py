@@ -22,7 +22,7 @@ VECTORS = (
     "q_norm",
     "k_norm",
 )
-# fp16 activations of the residual stream travel scaled: its outliers exceed 65504, its small values need not matter
+# The hidden state of fp16 models travels scaled: its outliers may exceed fp16's 65504.
 F16_EXCHANGE_SCALE = 1 / 16
 
 

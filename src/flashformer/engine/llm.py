@@ -93,7 +93,7 @@ class LLM:
             context=context or min(longest_context(self.spec), DEFAULT_CONTEXT),
             max_batch=max_batch,
         )
-        machine = machine_of(device, threads)
+        machine = machine_of(device, self.spec, threads)
         foreseen = make_plan(self.spec, machine, options)
         self._available = None if machine.kind == "cuda" else available_memory()
         require_memory(foreseen, self._available)

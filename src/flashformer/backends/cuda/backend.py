@@ -1,6 +1,8 @@
-"""The decoder on one GPU: image, KV pages and exchange buffers in its memory, one launch for many tokens."""
+"""The decoder on one GPU: everything in its memory, one launch for many tokens."""
 
 import ctypes
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,27 +11,53 @@ import torch
 from cuda.bindings import driver
 
 from flashformer.backends.base import Int32, StepBatch, StepResult
-from flashformer.backends.cuda.compile import Cubin, compile_kernel
-from flashformer.codegen.cuda_args import STEP_ARGS, make_ctypes
+from flashformer.backends.cuda.compile import compile_kernel
+from flashformer.backends.cuda.launch import Kernel, check
+from flashformer.backends.cuda.machine import cuda_machine
+from flashformer.codegen.cache import load_image
+from flashformer.codegen.cuda_args import CudaStepArgs
 from flashformer.codegen.cuda_header import SLOT_BYTES, WINDOW_BYTES, exchange_bytes, padded
 from flashformer.errors import FlashFormerError, OutOfMemoryError
-from flashformer.plan.plan import Plan
+from flashformer.model.spec import ModelSpec
+from flashformer.model.weights import WeightSource
+from flashformer.plan.plan import Plan, PlanOptions, make_plan
 
-StepArgs = make_ctypes("StepArgs", STEP_ARGS)
-THREADS = 320  # eight consumer warps, the producer, the prefetcher: kernel/cta.cuh
-MAX_SLOTS = 16
+NUM_WARPS = {"decode": 10, "stream": 9}  # eight consumers, the producer; decode has a prefetcher
+MAX_SLOTS = 16  # of the ring: kernel/cta.cuh
+MIN_SLOTS = 4
 WAIT_LIMIT_NS = 2_000_000_000
-X_LIMIT_BYTES = 2 * (WINDOW_BYTES + 1024)  # wider activations come in windows, two at a time
-WAITS = (
-    "",
-    "a slot to be filled",
-    "a slot to be released",
-    "a copy to land",
-    "the grid barrier",
-    "the keys and values of the token before",
-    "the last copies to land",
-    "a packet of another CTA",
-)
+WAITS = {  # WaitKind of kernel/cta.cuh
+    1: "a slot of the ring to be filled",
+    2: "a slot of the ring to be released",
+    3: "a copy to land",
+    4: "the other CTAs at the end of the token",
+    5: "the keys and values of the token before",
+    6: "the last copies to land",
+    7: "a packet of another CTA",
+}
+
+
+def open_cuda(
+    spec: ModelSpec,
+    weights: WeightSource,
+    options: PlanOptions,
+    *,
+    num_pages: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> "CudaBackend":
+    """Plan for the first GPU, pack or read the image, compile, and move in.
+
+    float32 weights are stored as bf16: the tensor cores multiply 16 bits. Raises
+    `OutOfMemoryError` before anything is allocated, and what planning and compiling raise.
+    """
+    options = replace(
+        options,
+        format=_sixteen_bits(options.format),
+        head_format=_sixteen_bits(options.head_format),
+    )
+    plan = make_plan(spec, cuda_machine(spec), options)
+    _require_memory(plan, num_pages)
+    return CudaBackend(plan, load_image(plan, weights, progress=progress), num_pages)
 
 
 class CudaBackend:
@@ -42,30 +70,29 @@ class CudaBackend:
         num_pages: int,
         trace_moments: int = 0,
     ) -> None:
+        """`image` [plan.image_bytes] in host or device memory; it is not kept if it is the host's.
+
+        `trace_moments`: how many moments of each CTA's timeline to keep in `trace`.
+        """
         self._plan = plan
         self._num_pages = num_pages
-        self._device = torch.device("cuda", torch.cuda.current_device())
-        torch.cuda.current_stream(self._device)
         self._layer = plan.spec.layers[0]
+        self._device = torch.device("cuda", 0)
+        self._stream = torch.cuda.current_stream(self._device)  # makes the context current
+        self._kernel = self._load("decode", trace_moments)
+        rows, machine = plan.machine.max_rows, plan.machine
+        self._packet_bytes, all_bytes = exchange_bytes(plan)
         self._image = torch.as_tensor(image).to(self._device)
-        kv_bytes = num_pages * plan.machine.page_tokens * plan.spec.num_layers
-        kv_bytes *= 2 * self._layer.num_kv_heads * padded(self._layer.head_dim) * 2
-        self._kv = torch.zeros(kv_bytes, dtype=torch.uint8, device=self._device)
-        self._packet_bytes, total = exchange_bytes(plan)
-        self._exchange = torch.zeros(total, dtype=torch.uint8, device=self._device)
-        rows = plan.machine.max_rows
-        self._logits = torch.zeros((rows, plan.spec.vocab_size), device=self._device)
-        counters = 64 + rows * self._layer.num_kv_heads
-        self._counters = torch.zeros(counters, dtype=torch.int32, device=self._device)
+        self._kv = self._zeros(num_pages * machine.page_tokens * _kv_bytes_per_token(plan))
+        self._exchange = self._zeros(all_bytes)
+        self._logits = self._zeros((rows, plan.spec.vocab_size), torch.float32)
+        self._barrier = self._zeros(1, torch.int32)
+        self._arrivals = self._zeros(rows * self._layer.num_kv_heads, torch.int32)
         self._watchdog = torch.zeros(8, dtype=torch.int32, pin_memory=True)
-        self._page_table: torch.Tensor | None = None
-        self._page_table_host: Int32 | None = None
+        self.trace = self._zeros((machine.num_ctas, max(1, trace_moments)), torch.int64)
         self._barrier_start = 0
-        self.cubin: Cubin = compile_kernel(plan, trace_moments=trace_moments)
-        self.trace = torch.zeros(
-            (plan.machine.num_ctas, max(1, trace_moments)), dtype=torch.int64, device=self._device
-        )
-        self._load(self.cubin)
+        self._page_table = torch.zeros(0, dtype=torch.int32, device=self._device)
+        self._known_pages: Int32 | None = None
 
     @property
     def plan(self) -> Plan:
@@ -77,30 +104,32 @@ class CudaBackend:
         """KV pages that exist."""
         return self._num_pages
 
+    @property
+    def kernel(self) -> Kernel:
+        """The decoder as loaded."""
+        return self._kernel
+
     def step(self, batch: StepBatch) -> StepResult:
         """Run the rows through the model, `max_rows` of them a launch."""
-        rows = self._plan.machine.max_rows
-        logits, argmax = [], []
-        for first in range(0, len(batch.token_ids), rows):
-            part = slice(first, min(first + rows, len(batch.token_ids)))
+        most = self._plan.machine.max_rows
+        logits = np.empty((len(batch.logit_rows), self._plan.spec.vocab_size), np.float32)
+        argmax = np.empty(len(batch.logit_rows), np.int32)
+        for first in range(0, len(batch.token_ids), most):
+            rows = slice(first, first + most)
             tokens = self.decode(
-                batch.token_ids[part],
-                batch.positions[part],
-                batch.slots[part],
+                batch.token_ids[rows],
+                batch.positions[rows],
+                batch.slots[rows],
                 batch.page_table,
                 num_steps=1,
             )
-            wanted = batch.logit_rows[
-                (batch.logit_rows >= part.start) & (batch.logit_rows < part.stop)
-            ]
+            here = (batch.logit_rows >= first) & (batch.logit_rows < first + most)
+            wanted = batch.logit_rows[here] - first
             if len(wanted):
-                picked = torch.as_tensor(wanted - first, device=self._device)
-                logits.append(self._logits[picked].cpu().numpy())
-                argmax.append(tokens[0, wanted - first])
-        if not logits:
-            empty = np.zeros((0, self._plan.spec.vocab_size), np.float32)
-            return StepResult(empty, np.zeros(0, np.int32))
-        return StepResult(np.concatenate(logits), np.concatenate(argmax))
+                picked = torch.as_tensor(wanted, device=self._device)
+                logits[here] = self._logits[picked].cpu().numpy()
+                argmax[here] = tokens[0, wanted]
+        return StepResult(logits, argmax)
 
     def decode(
         self,
@@ -111,39 +140,30 @@ class CudaBackend:
         num_steps: int,
         stop_after: int = 0,
     ) -> Int32:
-        """`num_steps` greedy tokens of up to `max_rows` rows in one launch: int32 [num_steps, rows].
+        """Greedy tokens of up to `max_rows` rows in one launch: int32 [num_steps, rows].
 
         Rows of one sequence are consecutive, in order of position; more than one a sequence only
-        with num_steps = 1. Raises `FlashFormerError` when a wait in the kernel timed out.
+        with num_steps = 1. `stop_after` ends the step after so many matrices (0: never) and leaves
+        the buffers to be looked at. Raises `FlashFormerError` when a wait in the kernel timed out;
+        the backend stays usable.
         """
         rows = len(token_ids)
-        self._upload_pages(page_table)
-        assert self._page_table is not None
-        out = torch.empty((num_steps, self._plan.machine.max_rows), dtype=torch.int32)
-        out = out.to(self._device)
-        args = StepArgs()
-        args.image, args.kv = self._image.data_ptr(), self._kv.data_ptr()
-        args.exchange, args.logits = self._exchange.data_ptr(), self._logits.data_ptr()
-        args.page_table, args.out_tokens = self._page_table.data_ptr(), out.data_ptr()
-        args.barrier, args.arrivals = self._counters.data_ptr(), self._counters[64:].data_ptr()
-        args.watchdog = self._watchdog.data_ptr()
-        args.trace = self.trace.data_ptr()
-        args.wait_limit_ns = WAIT_LIMIT_NS
-        args.barrier_start = self._barrier_start
-        args.x_bytes = self.x_bytes(rows)
-        args.num_slots = self.num_slots(rows)
-        args.num_rows, args.num_steps = rows, num_steps
-        args.num_pages, args.max_pages = self._num_pages, page_table.shape[1]
-        args.stop_after = stop_after
+        self._upload(page_table)
+        out = torch.empty(
+            (num_steps, self._plan.machine.max_rows), dtype=torch.int32, device=self._device
+        )
+        args = self._step_args(rows)
+        args.out_tokens, args.trace = out.data_ptr(), self.trace.data_ptr()
+        args.num_steps, args.stop_after = num_steps, stop_after
+        args.max_pages = page_table.shape[1]
         for i in range(rows):
+            same = i > 0 and slots[i] == slots[i - 1]
             args.tokens[i], args.positions[i] = int(token_ids[i]), int(positions[i])
             args.slots[i] = int(slots[i])
-            first = i
-            while first > 0 and slots[first - 1] == slots[i]:
-                first -= 1
-            args.bases[i] = int(positions[first])
-        self._exchange[: self._packet_bytes].fill_(255)  # no packet has the first tag
-        self._launch(args)
+            args.bases[i] = args.bases[i - 1] if same else int(positions[i])
+        self._exchange[: self._packet_bytes].fill_(255)  # no packet carries the first tag
+        shared = args.x_bytes + args.num_slots * SLOT_BYTES
+        self._kernel.launch(self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args)
         result = out.cpu().numpy()[:, :rows]
         self._check_watchdog()
         if not stop_after:
@@ -152,118 +172,110 @@ class CudaBackend:
         return result
 
     def x_bytes(self, rows: int) -> int:
-        """Shared memory of the activations of `rows` rows (and the scratch of attention)."""
+        """Shared memory of the activations of `rows` rows, and the scratch of attention."""
         spec, layer = self._plan.spec, self._layer
         need = [_attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)]
         need.append(rows * (padded(spec.hidden_size) * 2 + 32))
+        # Wider activations come in windows, two at a time (kernel/stages.cuh).
+        limit = 2 * (WINDOW_BYTES + 32 * rows)
         for cols in (layer.q_rows, layer.intermediate_size):
-            wide = rows * (padded(cols) * 2 + 32)
-            need.append(min(wide, X_LIMIT_BYTES))
+            need.append(min(rows * (padded(cols) * 2 + 32), limit))
         return -(-max(need) // 128) * 128
 
     def num_slots(self, rows: int) -> int:
         """Slots of the ring that fit beside the activations."""
-        free = self._plan.machine.shared_bytes - self._static_shared - self.x_bytes(rows)
+        free = self._plan.machine.shared_bytes - self._kernel.static_shared - self.x_bytes(rows)
         slots = min(MAX_SLOTS, free // SLOT_BYTES)
-        if slots < 4:
+        if slots < MIN_SLOTS:
             raise OutOfMemoryError(
                 f"{rows} rows need {self.x_bytes(rows)} bytes of shared memory and leave room for "
-                f"{slots} slots of the ring, at least 4 are needed; use a smaller --max-batch"
+                f"{slots} slots of the ring, at least {MIN_SLOTS} are needed; use a smaller batch"
             )
         return slots
 
-    def stream_gb_s(self, repeats: int = 5) -> list[float]:
-        """GB/s of the decoder's ring over the whole image with no work and no hand-offs: the limit."""
-        module = _check(driver.cuModuleLoadData(compile_kernel(self._plan, "stream").code))
-        function = _check(driver.cuModuleGetFunction(module, b"stream"))
-        dynamic = self._plan.machine.shared_bytes - self._static_shared
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(function, attribute, dynamic))
-        args = StepArgs()
-        args.image, args.watchdog = self._image.data_ptr(), self._watchdog.data_ptr()
-        args.wait_limit_ns, args.num_slots = WAIT_LIMIT_NS, dynamic // SLOT_BYTES
-        nbytes = ctypes.c_uint64(self._image.numel())
-        pointers = (ctypes.c_void_p * 2)(ctypes.addressof(args), ctypes.addressof(nbytes))
-        stream = torch.cuda.current_stream(self._device)
-        samples = []
-        for _ in range(repeats + 1):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(stream)
-            _check(
-                driver.cuLaunchKernel(
-                    function,
-                    *(self._plan.machine.num_ctas, 1, 1),
-                    *(288, 1, 1),
-                    args.num_slots * SLOT_BYTES,
-                    stream.cuda_stream,
-                    ctypes.addressof(pointers),
-                    0,
-                )
+    def read_bandwidth(self, seconds: float = 0.2, *, own_image: bool = True) -> float:
+        """GB/s of the decoder's ring over the image with no work and no hand-offs: the limit.
+
+        Measures for about `seconds` and returns the median. There is nothing but the image to
+        read, so `own_image` changes nothing.
+        """
+        kernel = self._load("stream", 0)
+        args = self._step_args(rows=1)
+        args.x_bytes = 0
+        args.num_slots = min(MAX_SLOTS, kernel.max_dynamic_shared // SLOT_BYTES)
+        nbytes = ctypes.c_uint64(self._plan.image_bytes // SLOT_BYTES * SLOT_BYTES)
+        samples: list[float] = []
+        spent = 0.0
+        while spent < seconds or len(samples) < 4:
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            begin.record(self._stream)
+            shared = args.num_slots * SLOT_BYTES
+            kernel.launch(
+                self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args, nbytes
             )
-            end.record(stream)
+            end.record(self._stream)
             end.synchronize()
+            spent += begin.elapsed_time(end) / 1e3
             samples.append(nbytes.value / begin.elapsed_time(end) / 1e6)
         self._check_watchdog()
-        driver.cuModuleUnload(module)
-        return samples[1:]
+        kernel.close()
+        return float(np.median(samples[1:]))
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
-        if self._module is not None:
-            driver.cuModuleUnload(self._module)
-            self._module = None
-            del self._image, self._kv, self._exchange, self._logits
+        self._kernel.close()
+        for name in ("_image", "_kv", "_exchange", "_logits"):
+            setattr(self, name, torch.zeros(0))
+        torch.cuda.empty_cache()
 
-    def _load(self, cubin: Cubin) -> None:
-        self._module = _check(driver.cuModuleLoadData(cubin.code))
-        self._function = _check(driver.cuModuleGetFunction(self._module, b"decode"))
-        attribute = driver.CUfunction_attribute
-        self._static_shared = _check(
-            driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, self._function)
-        )
-        _check(
-            driver.cuFuncSetAttribute(
-                self._function,
-                attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                self._plan.machine.shared_bytes - self._static_shared,
-            )
-        )
+    def _load(self, name: str, trace_moments: int) -> Kernel:
+        cubin = compile_kernel(self._plan, name, trace_moments)
+        kernel = Kernel(cubin, name, 32 * NUM_WARPS[name], self._plan.machine.shared_bytes)
+        kernel.require_one_cta_an_sm(self._plan.machine.num_ctas)
+        return kernel
 
-    def _upload_pages(self, page_table: Int32) -> None:
-        if self._page_table_host is None or not np.array_equal(self._page_table_host, page_table):
-            self._page_table_host = page_table.copy()
-            self._page_table = torch.as_tensor(page_table).to(self._device)
+    def _zeros(self, shape: int | tuple[int, ...], dtype: Any = torch.uint8) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._device)
 
-    def _launch(self, args: Any) -> None:
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        shared = args.x_bytes + args.num_slots * SLOT_BYTES
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        _check(
-            driver.cuLaunchCooperativeKernel(
-                self._function,
-                self._plan.machine.num_ctas,
-                1,
-                1,
-                THREADS,
-                1,
-                1,
-                shared,
-                stream,
-                ctypes.addressof(pointers),
-            )
-        )
+    def _step_args(self, rows: int) -> Any:
+        args = CudaStepArgs()
+        args.image, args.kv = self._image.data_ptr(), self._kv.data_ptr()
+        args.exchange, args.logits = self._exchange.data_ptr(), self._logits.data_ptr()
+        args.page_table = self._page_table.data_ptr()
+        args.barrier, args.arrivals = self._barrier.data_ptr(), self._arrivals.data_ptr()
+        args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), WAIT_LIMIT_NS
+        args.barrier_start = self._barrier_start
+        args.x_bytes, args.num_slots = self.x_bytes(rows), self.num_slots(rows)
+        args.num_rows, args.num_pages = rows, self._num_pages
+        return args
+
+    def _upload(self, page_table: Int32) -> None:
+        if self._known_pages is None or not np.array_equal(self._known_pages, page_table):
+            self._known_pages = page_table.copy()
+            self._page_table = torch.as_tensor(self._known_pages).to(self._device)
 
     def _check_watchdog(self) -> None:
         kind, cta, warp = (int(x) for x in self._watchdog[:3])
         if kind == 0:
             return
         self._watchdog.zero_()
-        self._counters.zero_()
+        self._barrier.zero_()
+        self._arrivals.zero_()
         self._barrier_start = 0
         raise FlashFormerError(
-            f"the kernel gave up after {WAIT_LIMIT_NS / 1e9:.0f} s: CTA {cta}, warp {warp} waited "
-            f"for {WAITS[kind]}; the step was abandoned"
+            f"the CUDA kernel gave up after {WAIT_LIMIT_NS / 1e9:.0f} s: warp {warp} of CTA {cta} "
+            f"waited for {WAITS.get(kind, kind)}; the step was abandoned, please report this"
         )
+
+
+def _sixteen_bits(name: str) -> str:
+    return "bf16" if name == "f32" else name
+
+
+def _kv_bytes_per_token(plan: Plan) -> int:
+    layers = plan.spec.layers
+    return sum(2 * layer.num_kv_heads * padded(layer.head_dim) * 2 for layer in layers)
 
 
 def _attention_scratch(head_dim: int, group: int) -> int:
@@ -273,8 +285,15 @@ def _attention_scratch(head_dim: int, group: int) -> int:
     return 3 * padded(head_dim) * 32 + 4 * floats
 
 
-def _check(result: tuple[Any, ...]) -> Any:
-    status, *values = result
-    if int(status) != 0:
-        raise FlashFormerError(f"the CUDA driver failed: {status.name}")
-    return values[0] if values else None
+def _require_memory(plan: Plan, num_pages: int) -> None:
+    check(driver.cuInit(0))
+    free, _ = torch.cuda.mem_get_info(0)
+    kv = num_pages * plan.machine.page_tokens * _kv_bytes_per_token(plan)
+    need = plan.image_bytes + kv + sum(exchange_bytes(plan))
+    if need > free:
+        raise OutOfMemoryError(
+            f"the model needs {need / 2**30:.2f} GiB of GPU memory ({plan.image_bytes / 2**30:.2f} "
+            f"GiB of weights, {kv / 2**30:.2f} GiB of keys and values for {plan.options.max_batch} "
+            f"sequences of {plan.options.context} tokens), {free / 2**30:.2f} GiB are free; use a "
+            "shorter context or a smaller batch"
+        )

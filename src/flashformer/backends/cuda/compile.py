@@ -1,68 +1,100 @@
 """kernel/ + config.h -> cubin, through NVRTC: needs no CUDA toolkit and, to compile, no GPU."""
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from flashformer.codegen.cache import compiled
 from flashformer.codegen.cuda_header import render_cuda
 from flashformer.errors import CompileError
 from flashformer.plan.plan import Plan
 
-KERNEL_DIR = Path(__file__).parent / "kernel"
+KERNEL = Path(__file__).parent / "kernel"
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the assembler said about a kernel."""
+
+    registers: int  # of a thread
+    spill_bytes: int  # stores and loads of registers that did not fit
 
 
 @dataclass(frozen=True, slots=True)
 class Cubin:
-    """A compiled kernel and what the assembler said about it."""
+    """A compiled kernel."""
 
     code: bytes
-    registers: int
-    spill_bytes: int  # stores and loads of registers that did not fit
-    log: str
+    resources: Resources
 
 
 def compile_kernel(plan: Plan, name: str = "decode", trace_moments: int = 0) -> Cubin:
-    """Compile kernel/`name`.cu for `plan.machine.arch`; raises `CompileError` with NVRTC's log."""
+    """kernel/`name`.cu compiled for `plan.machine.arch`, from the cache or now.
+
+    Raises `CompileError` with NVRTC's log.
+    """
     from cuda.bindings import nvrtc
 
-    headers = {path.name: path.read_bytes() for path in sorted(KERNEL_DIR.glob("*.cuh"))}
-    headers["config.h"] = render_cuda(plan, trace_moments).encode()
-    source = (KERNEL_DIR / f"{name}.cu").read_bytes()
+    header = render_cuda(plan, trace_moments)
+    status, *version = nvrtc.nvrtcVersion()
+    _check(status)
+    key = [f"nvrtc {version}", plan.machine.arch, name, header]
+    key += [text for path in sorted(KERNEL.iterdir()) for text in (path.name, path.read_text())]
+
+    def build(folder: Path) -> None:
+        cubin = build_cubin(header, name, plan.machine.arch)
+        (folder / "config.h").write_text(header)
+        (folder / "resources.json").write_text(json.dumps(asdict(cubin.resources)))
+        (folder / "kernel.cubin").write_bytes(cubin.code)
+
+    folder = compiled(f"cuda-{name}-{plan.machine.arch}", key, build)
+    resources = Resources(**json.loads((folder / "resources.json").read_text()))
+    return Cubin((folder / "kernel.cubin").read_bytes(), resources)
+
+
+def build_cubin(header: str, name: str, arch: str) -> Cubin:
+    """Compile kernel/`name`.cu with `header` as config.h. Raises `CompileError`."""
+    from cuda.bindings import nvrtc
+
+    headers = {path.name: path.read_bytes() for path in sorted(KERNEL.glob("*.cuh"))}
+    headers["config.h"] = header.encode()
+    source = (KERNEL / f"{name}.cu").read_bytes()
+    names = [n.encode() for n in headers]
     status, program = nvrtc.nvrtcCreateProgram(
-        source,
-        f"{name}.cu".encode(),
-        len(headers),
-        list(headers.values()),
-        [n.encode() for n in headers],
+        source, f"{name}.cu".encode(), len(headers), list(headers.values()), names
     )
     _check(status)
-    options = [f"--gpu-architecture={plan.machine.arch}", "--std=c++20", "--ptxas-options=-v"]
+    options = [f"--gpu-architecture={arch}", "--std=c++20", "--ptxas-options=-v"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-    log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(
-        errors="replace"
-    )
+    log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+    text = log.rstrip(b"\0").decode(errors="replace").strip()
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise CompileError(f"NVRTC refused the kernel for {plan.machine.arch}: {log.strip()}")
+        raise CompileError(
+            f"NVRTC refused the CUDA kernel for {arch}; version 13 of nvidia-cuda-nvrtc or later "
+            f"is expected: {text}"
+        )
     code = _read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
     nvrtc.nvrtcDestroyProgram(program)
-    return Cubin(code, *_resources(log), log)
+    return Cubin(code, _resources(text))
 
 
-def _resources(log: str) -> tuple[int, int]:
+def _resources(log: str) -> Resources:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-    return max(registers, default=0), sum(spills)
+    return Resources(max(registers, default=0), sum(spills))
 
 
-def _read(program: object, size_of: object, read: object) -> bytes:
-    status, size = size_of(program)  # type: ignore[operator]
+def _read(program: Any, size_of: Any, read: Any) -> bytes:
+    status, size = size_of(program)
     _check(status)
-    buffer = b"\0" * size
-    (status,) = read(program, buffer)  # type: ignore[operator]
+    buffer = bytes(int(size))
+    (status,) = read(program, buffer)
     _check(status)
-    return buffer
+    return bytes(buffer)
 
 
-def _check(status: object) -> None:
-    if int(status) != 0:  # type: ignore[call-overload]
-        raise CompileError(f"NVRTC failed: {status}; reinstall nvidia-cuda-nvrtc")
+def _check(status: Any) -> None:
+    if int(status) != 0:
+        raise CompileError(f"NVRTC failed ({status.name}); reinstall nvidia-cuda-nvrtc")

@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1) decode(const
   if (cta.is_producer()) {
     produce(cta);
   } else if (cta.is_prefetcher()) {
-    if constexpr (config::arch >= 90 && config::prefetch_ahead > 0) prefetch(cta);
+    prefetch(cta);
   } else {
     Consumer(cta).run();
     cta.consumer_sync();

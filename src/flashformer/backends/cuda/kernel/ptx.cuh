@@ -59,9 +59,6 @@ __device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 by
           shared_address(dst)),
       "l"(src), "r"(bytes), "r"(shared_address(bar)), "l"(0x12F0000000000000ull) : "memory");
 }
-__device__ __forceinline__ void cp_async_bulk_prefetch(const void* src, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
-}
 #else
 __device__ __forceinline__ void fence_mbarrier_init() { __threadfence_block(); }
 
@@ -74,6 +71,9 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(u64* bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 #endif
+
+// One line into L2.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // --- memory shared between CTAs ---
 

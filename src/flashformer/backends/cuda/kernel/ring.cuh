@@ -91,7 +91,7 @@ struct Prefetcher {
       if (ahead < 0 || cta.aborted()) return;
       const u64 now = globaltimer();
       if (*stalled != 0 && ahead < config::prefetch_ahead && now - last >= config::prefetch_interval_ns) {
-        if (cta.lane == 0) cp_async_bulk_prefetch(source, bytes);
+        for (u32 line = cta.lane * 128; line < bytes; line += 32 * 128) prefetch_l2(source + line);
         last = now;
         return;
       }

@@ -58,7 +58,7 @@ static_assert(num_consumers == 256 && max_rows == 8, "row_threads_log2 counts on
 
 // Activations too wide for shared memory come in windows of whole chunks; each is used for all of a CTA's tiles
 // (at most max_group at a time) before the next. The producer walks the same order.
-constexpr int max_group = 4;
+constexpr int max_group = 3;
 
 struct Windows {
   int chunks;  // of one window

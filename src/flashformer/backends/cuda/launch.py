@@ -1,0 +1,74 @@
+"""One kernel in the driver's hands: cubin -> loaded, occupancy checked, launched cooperatively."""
+
+import ctypes
+from typing import Any
+
+from cuda.bindings import driver
+
+from flashformer.backends.cuda.compile import Cubin
+from flashformer.errors import FlashFormerError, UsageError
+
+
+class Kernel:
+    """A loaded kernel of one CTA an SM."""
+
+    def __init__(self, cubin: Cubin, name: str, threads: int, shared_bytes: int) -> None:
+        """`shared_bytes`: shared memory that one CTA may have, static and dynamic."""
+        self.resources = cubin.resources
+        self.threads = threads
+        self._module: Any = check(driver.cuModuleLoadData(cubin.code))
+        self._function: Any = check(driver.cuModuleGetFunction(self._module, name.encode()))
+        attributes = driver.CUfunction_attribute
+        self.static_shared: int = check(
+            driver.cuFuncGetAttribute(
+                attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, self._function
+            )
+        )
+        self.max_dynamic_shared = shared_bytes - self.static_shared
+        check(
+            driver.cuFuncSetAttribute(
+                self._function,
+                attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                self.max_dynamic_shared,
+            )
+        )
+
+    def require_one_cta_an_sm(self, num_ctas: int) -> None:
+        """Refuse a grid whose CTAs could not all run at once: they wait for each other."""
+        fitting = check(
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                self._function, self.threads, self.max_dynamic_shared
+            )
+        )
+        device = check(driver.cuCtxGetDevice())
+        count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        num_sms = check(driver.cuDeviceGetAttribute(count, device))
+        if fitting * num_sms < num_ctas:
+            raise UsageError(
+                f"the kernel needs {num_ctas} CTAs at once and this GPU can run "
+                f"{fitting * num_sms}; use --device cpu"
+            )
+
+    def launch(self, num_ctas: int, shared: int, stream: int, *args: Any) -> None:
+        """Start `num_ctas` CTAs with `shared` bytes of dynamic shared memory; `args` are ctypes."""
+        pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(a) for a in args))
+        grid, block = (num_ctas, 1, 1), (self.threads, 1, 1)
+        check(
+            driver.cuLaunchCooperativeKernel(
+                self._function, *grid, *block, shared, stream, ctypes.addressof(pointers)
+            )
+        )
+
+    def close(self) -> None:
+        """Unload; a second call does nothing."""
+        if self._module is not None:
+            check(driver.cuModuleUnload(self._module))
+            self._module = None
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """The value of a driver call, or `FlashFormerError` with the driver's name for what failed."""
+    status, *values = result
+    if int(status) != 0:
+        raise FlashFormerError(f"the CUDA driver refused a call: {status.name}")
+    return values[0] if values else None

@@ -1,0 +1,102 @@
+"""The GPU as the planner sees it: numbers that the driver tells, fitted to one model."""
+
+from dataclasses import dataclass
+
+from cuda.bindings import driver
+
+from flashformer.errors import UnsupportedModelError, UsageError
+from flashformer.model.spec import ModelSpec
+from flashformer.plan.machine import Machine
+from flashformer.quant.formats import TILE_ROWS
+
+MAX_ROWS = 8  # tokens of one step: the columns of the tensor cores' second operand
+SLOT_BYTES = 16384  # one bulk copy; smaller ones cannot keep the memory busy from one thread
+PAGE_TOKENS = 64
+SPECIALISED = (9, 10, 12)  # major versions whose own instructions need the suffix "a"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the driver says about one GPU."""
+
+    name: str
+    major: int
+    minor: int
+    num_sms: int
+    shared_bytes: int  # shared memory that one CTA may have
+    cooperative: bool
+
+    @property
+    def arch(self) -> str:
+        """NVRTC's name of the architecture."""
+        suffix = "a" if self.major in SPECIALISED else ""
+        return f"sm_{self.major}{self.minor}{suffix}"
+
+
+def cuda_machine(spec: ModelSpec) -> Machine:
+    """The first GPU, with as many CTAs as every stage of `spec` has tiles for.
+
+    Every CTA takes part in every stage, or it would lose count of the packets it does not read
+    (kernel/packet.cuh). Raises `UsageError` without a usable GPU.
+    """
+    return fit_machine(find_device(), spec)
+
+
+def fit_machine(device: Device, spec: ModelSpec) -> Machine:
+    """The machine that `device` is for `spec`; refuses what the kernel cannot do."""
+    if device.major < 8 or not device.cooperative:
+        raise UsageError(
+            f"{device.name} has compute capability {device.major}.{device.minor}; the CUDA kernel "
+            "needs 8.0 or later with cooperative launch; use --device cpu"
+        )
+    layer = spec.layers[0]
+    if layer.head_dim % 8 != 0 or layer.head_dim > 256:
+        raise UnsupportedModelError(
+            f"head_dim {layer.head_dim}: the CUDA kernel needs a multiple of 8 up to 256; "
+            "use --device cpu"
+        )
+    if layer.num_q_heads // layer.num_kv_heads > TILE_ROWS:
+        raise UnsupportedModelError(
+            f"{layer.num_q_heads} query heads on {layer.num_kv_heads} key heads: the CUDA kernel "
+            f"needs at most {TILE_ROWS} query heads a key head; use --device cpu"
+        )
+    rows = min(layer.qkv_rows, spec.hidden_size, 2 * layer.intermediate_size, spec.vocab_size)
+    head_bytes = -(-layer.head_dim // 16) * 16 * 2
+    return Machine(
+        kind="cuda",
+        name=device.name,
+        arch=device.arch,
+        num_ctas=min(device.num_sms, -(-rows // TILE_ROWS)),
+        layout="fragment",
+        page_tokens=min(PAGE_TOKENS, SLOT_BYTES // head_bytes // 16 * 16),
+        kv_format="bf16",
+        max_rows=MAX_ROWS,
+        shared_bytes=device.shared_bytes,
+    )
+
+
+def find_device() -> Device:
+    """The current process's first GPU. Raises `UsageError` if there is none."""
+    (status,) = driver.cuInit(0)
+    if int(status) != 0:
+        raise UsageError(f"no NVIDIA GPU can be used ({status.name}); use --device cpu")
+    status, handle = driver.cuDeviceGet(0)
+    if int(status) != 0:
+        raise UsageError(f"no NVIDIA GPU was found ({status.name}); use --device cpu")
+    attribute = driver.CUdevice_attribute
+
+    def read(name: str) -> int:
+        _, value = driver.cuDeviceGetAttribute(
+            getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle
+        )
+        return int(value)
+
+    _, name = driver.cuDeviceGetName(128, handle)
+    return Device(
+        name=name.rstrip(b"\0").decode(),
+        major=read("COMPUTE_CAPABILITY_MAJOR"),
+        minor=read("COMPUTE_CAPABILITY_MINOR"),
+        num_sms=read("MULTIPROCESSOR_COUNT"),
+        shared_bytes=read("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        cooperative=bool(read("COOPERATIVE_LAUNCH")),
+    )

@@ -1,0 +1,74 @@
+"""The CUDA kernel compiles for every architecture, without a GPU and without spilled registers."""
+
+import itertools
+
+import pytest
+
+from flashformer.backends.cuda.compile import build_cubin
+from flashformer.backends.cuda.machine import Device, fit_machine
+from flashformer.codegen.cuda_header import render_cuda
+from flashformer.errors import UnsupportedModelError, UsageError
+from flashformer.model.shapes import SHAPES
+from flashformer.model.spec import ModelSpec
+from flashformer.plan.plan import Plan, PlanOptions, make_plan
+
+# Opt-in shared memory of one CTA: CUDA C++ programming guide, table "technical specifications".
+DEVICES = {
+    "sm_80": Device("A100", 8, 0, 108, 163 << 10, cooperative=True),
+    "sm_89": Device("L40S", 8, 9, 142, 99 << 10, cooperative=True),
+    "sm_90a": Device("H200", 9, 0, 132, 227 << 10, cooperative=True),
+    "sm_100a": Device("B200", 10, 0, 148, 227 << 10, cooperative=True),
+    "sm_120a": Device("RTX 5090", 12, 0, 170, 99 << 10, cooperative=True),
+}
+
+
+def plan_for(arch: str, shape: str) -> Plan:
+    spec = ModelSpec.from_hf(SHAPES[shape])
+    return make_plan(spec, fit_machine(DEVICES[arch], spec), PlanOptions(context=2048))
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_the_kernel_compiles_for_every_architecture_without_spills(arch):
+    plan = plan_for(arch, "llama-3.1-8b")
+    assert plan.machine.arch == arch
+
+    resources = build_cubin(render_cuda(plan), "decode", arch).resources
+
+    assert resources.spill_bytes == 0
+    assert 0 < resources.registers <= 168  # ten warps share 65536 registers, three on one scheduler
+
+
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen2.5-7b", "phi-4-mini", "smollm3-3b"])
+def test_the_kernel_compiles_for_the_features_of_other_families(shape):
+    plan = plan_for("sm_90a", shape)
+
+    assert build_cubin(render_cuda(plan), "decode", "sm_90a").resources.spill_bytes == 0
+
+
+def test_the_stream_kernel_compiles():
+    plan = plan_for("sm_90a", "llama-3.2-1b")
+
+    assert build_cubin(render_cuda(plan), "stream", "sm_90a").resources.spill_bytes == 0
+
+
+def test_every_cta_has_a_tile_of_every_matrix():
+    for shape in SHAPES:
+        plan = plan_for("sm_90a", shape)
+        for matrix in plan.matrices:
+            split = matrix.first_tile
+            assert all(a < b for a, b in itertools.pairwise(split)), (shape, matrix.name)
+
+
+def test_an_old_gpu_is_refused_in_one_sentence():
+    spec = ModelSpec.from_hf(SHAPES["llama-3.2-1b"])
+    old = Device("GTX 1080", 6, 1, 20, 48 << 10, cooperative=True)
+
+    with pytest.raises(UsageError, match=r"compute capability 6\.1"):
+        fit_machine(old, spec)
+
+
+def test_a_head_dim_that_is_no_whole_number_of_packets_is_refused():
+    spec = ModelSpec.from_hf({**SHAPES["llama-3.2-1b"], "head_dim": 60})
+
+    with pytest.raises(UnsupportedModelError, match="head_dim 60"):
+        fit_machine(DEVICES["sm_90a"], spec)
