@@ -131,7 +131,7 @@ def test_a_failed_check_ends_with_1_and_no_speed(cli, monkeypatch):
     assert set(as_json.json) == {"error"}
 
 
-def test_rounds_go_through_all_cases_in_turn_and_read_memory_in_each(backend, monkeypatch):
+def test_rounds_go_through_all_cases_in_turn_and_read_memory_before_each(backend, monkeypatch):
     order = []
     steps = Steps.of(backend)
     cases = make_cases([4], [2], [0], [1, 2])
@@ -139,8 +139,8 @@ def test_rounds_go_through_all_cases_in_turn_and_read_memory_in_each(backend, mo
     measured = measure(steps, cases, 3, lambda: order.append("read") or 7.0, lambda *_: None)
     warm_up, rounds = order[: len(cases)], order[len(cases) :]
     assert [case.kind for case in warm_up] == ["pp", "tg", "tg"]
-    assert rounds == ["read", *cases] * 3
-    assert measured.read_gb_s == [7.0] * 3
+    assert rounds == [*(step for case in cases for step in ("read", case))] * 3 + ["read"]
+    assert measured.read_gb_s == [7.0] * 10
     assert all(len(samples) == 3 for samples in measured.seconds.values())
 
 

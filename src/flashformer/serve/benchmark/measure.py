@@ -12,9 +12,9 @@ from flashformer.serve.benchmark.steps import Steps
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Samples of one backend: as many of each as there were rounds."""
+    """Samples of one backend: as many of each case as there were rounds."""
 
-    read_gb_s: list[float]
+    read_gb_s: list[float]  # one before every case of every round, and one at the end
     seconds: dict[Case, list[float]]
 
 
@@ -25,7 +25,7 @@ def measure(
     read_bandwidth: Callable[[], float],
     progress: Callable[[str, int, int], None],
 ) -> Measured:
-    """Run `repeats` rounds: read the memory, then each case once, then again from the start.
+    """Run `repeats` rounds: each case once, a read of the memory before it; then from the start.
 
     A slow minute of the machine so falls on all cases and on the bandwidth alike, instead of on
     the one that happened to run. Every case is warmed up before the first round.
@@ -38,10 +38,11 @@ def measure(
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     reads: list[float] = []
     for number in range(repeats):
-        reads.append(read_bandwidth())
         for idx, case in enumerate(cases):
+            reads.append(read_bandwidth())
             seconds[case].append(steps.run(case))
             progress("measuring", number * len(cases) + idx + 1, repeats * len(cases))
+    reads.append(read_bandwidth())
     return Measured(reads, seconds)
 
 
