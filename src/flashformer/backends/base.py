@@ -1,7 +1,7 @@
 """What every backend offers the engine: a step, up to `max_rows` rows through the whole model."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -55,4 +55,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class DecodesMany(Protocol):
+    """A backend that runs many tokens without the host in between."""
+
+    def decode(
+        self, token_ids: Int32, positions: Int32, slots: Int32, page_table: Int32, num_steps: int
+    ) -> Int32:
+        """Greedy tokens of all rows, each fed back: int32 [num_steps, rows]."""
         ...

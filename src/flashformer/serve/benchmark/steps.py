@@ -10,7 +10,14 @@ from typing import Self
 
 import numpy as np
 
-from flashformer.backends.base import Backend, Float32, Int32, StepBatch, StepResult
+from flashformer.backends.base import (
+    Backend,
+    DecodesMany,
+    Float32,
+    Int32,
+    StepBatch,
+    StepResult,
+)
 from flashformer.serve.benchmark.cases import Case
 
 _SEED = 20250522  # of the random ids: the same prompt in every run
@@ -75,8 +82,12 @@ class Steps:
         slots = np.arange(case.batch, dtype=np.int32)
         ids = np.concatenate([self.random_ids(1, slot) for slot in range(case.batch)])
         started = time.perf_counter()
-        for position in range(case.depth, case.context):
-            ids = self.decode(ids, position, slots).argmax
+        if isinstance(self.backend, DecodesMany):
+            positions = np.full(len(slots), case.depth, np.int32)
+            self.backend.decode(ids, positions, slots, self.page_table, case.tokens)
+        else:
+            for position in range(case.depth, case.context):
+                ids = self.decode(ids, position, slots).argmax
         return time.perf_counter() - started
 
 
