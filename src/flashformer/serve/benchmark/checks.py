@@ -11,6 +11,10 @@ from flashformer.backends.base import Float32
 from flashformer.serve.benchmark.steps import Steps, copied
 
 PROMPT_TOKENS = 12
+# Of the logits' spread. float32 sums over `hidden_size` terms differ far below 1 %. Activations of
+# 16 bits round by 2^-9, which adds up to 0.55 % of the logits over the layers; the largest of a
+# vocabulary's differences lies 4.5 deviations out, 2.5 %, and two roundings meet here.
+ROUNDING = {"f32": 0.01, "f16": 0.01, "bf16": 0.05}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,8 @@ class Checks:
 def run_checks(steps: Steps, batch: int) -> Checks:
     """Run a few short steps on slots 0 .. batch - 1 and compare what must agree.
 
-    Chunk and single steps may sum in another order, so they are compared to rounding: the
-    difference of float32 sums over `hidden_size` terms stays far below 1 % of the logits' spread,
-    while a wrong position, page or weight shifts them by the spread itself.
+    Chunk and single steps may sum in another order, so they are compared to rounding; a wrong
+    position, page or weight shifts the logits by their spread itself.
     """
     slots = np.arange(batch, dtype=np.int32)
     prompts = [steps.random_ids(PROMPT_TOKENS + 1, slot) for slot in range(batch)]
@@ -54,12 +57,13 @@ def run_checks(steps: Steps, batch: int) -> Checks:
     chunk = copied(steps.prompt(0, 0, prompts[0]))[0]
     other = copied(steps.prompt(0, 0, prompts[0][::-1].copy()))[0]
 
+    rounding = ROUNDING[steps.backend.plan.machine.kv_format]
     spread = float(np.std(together[0])) if np.isfinite(together).all() else 0.0
     return Checks(
         logits_finite=bool(np.isfinite(together).all()),
         logits_vary=bool(spread > 0.0 and np.any(chunk != other)),
         repeat_bit_equal=_same_bits(together, again),
-        prompt_equals_decode=bool(np.max(np.abs(chunk - together[0])) <= 0.01 * spread),
+        prompt_equals_decode=bool(np.max(np.abs(chunk - together[0])) <= rounding * spread),
         batch_row_equals_alone=_same_bits(together, np.concatenate(alone)),
     )
 
