@@ -164,7 +164,8 @@ def run_format(
         )
         terminal.clear()
     rows = [make_row(case, plan, measured) for case in cases]
-    kind = f"{machine.kind} {machine.arch}, {machine.num_ctas} threads"
+    workers = "threads" if machine.kind == "cpu" else "CTAs"
+    kind = f"{machine.kind} {machine.arch}, {machine.num_ctas} {workers}"
     return Result(plan.image_bytes, kind, checks, measured.read_gb_s, rows)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flashformer.backends import CUDA_PACKAGES
 from flashformer.backends.cpu.compile import find_compiler
 from flashformer.backends.cpu.machine import detect_arch, usable_cores
 from flashformer.codegen.cache import cache_dir, entries
@@ -149,19 +150,23 @@ def graphics() -> Iterator[Finding]:
     supported = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
     for number in range(count.value):
         yield Finding("gpu", "ok", f"{_gpu_name(driver, number)}, driver for {supported}")
-    yield nvrtc()
+    yield cuda_packages()
 
 
-def nvrtc() -> Finding:
-    """The compiler of CUDA kernels, from the `[cuda]` extra."""
-    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("cuda"):
-        return Finding("nvrtc", "ok", "the packages of the [cuda] extra are installed")
-    return Finding(
-        "nvrtc",
-        "warn",
-        "the packages of the [cuda] extra are missing",
-        "pip install 'flashformer[cuda]'",
-    )
+def cuda_packages() -> Finding:
+    """The packages that the CUDA backend needs, from the `[cuda]` extra."""
+    missing = [name for name in CUDA_PACKAGES if not _is_installed(name)]
+    if not missing:
+        return Finding("cuda", "ok", "the packages of the [cuda] extra are installed")
+    detail = f"not installed: {', '.join(missing)}"
+    return Finding("cuda", "warn", detail, "pip install 'flashformer[cuda]'")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
 
 
 def _gpu_name(driver: ctypes.CDLL, number: int) -> str:
