@@ -12,9 +12,9 @@ from flashformer.serve.benchmark.steps import Steps, copied
 
 PROMPT_TOKENS = 12
 # Of the logits' spread. float32 sums over `hidden_size` terms differ far below 1 %. Activations of
-# 16 bits round by 2^-9, which adds up to 0.55 % of the logits over the layers; the largest of a
-# vocabulary's differences lies 4.5 deviations out, 2.5 %, and two roundings meet here.
-ROUNDING = {"f32": 0.01, "f16": 0.01, "bf16": 0.05}
+# 16 bits round by 2^-9; on random weights of a 1B shape that moves logits by 1.3 % (root mean
+# square), and the largest of 128k such differences lies five deviations out.
+ROUNDING = {"f32": 0.01, "f16": 0.01, "bf16": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
