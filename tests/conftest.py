@@ -1,7 +1,7 @@
 """Fixtures that several test files share: tiny checkpoints, made once in a session."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,14 @@ from checkpoints import make_checkpoint
 # Tests never reach the network, and one process does not take every core.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither use nor fill the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHFORMER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
