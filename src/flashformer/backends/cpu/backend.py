@@ -43,7 +43,7 @@ class CpuBackend:
         self._num_pages = num_pages
         self._pid = os.getpid()
         self._kv: npt.NDArray[np.uint8] | None = _map_memory(
-            2 * num_pages * kv_page_elements(plan), "keys and values", "choose a smaller context"
+            4 * num_pages * kv_page_elements(plan), "keys and values", "choose a smaller context"
         )
         self._read_test: npt.NDArray[np.uint8] | None = None
         self._logits = np.empty((0, plan.spec.vocab_size), np.float32)

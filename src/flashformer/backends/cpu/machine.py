@@ -34,7 +34,7 @@ def cpu_machine(threads: int | None = None) -> Machine:
         num_ctas=threads,
         layout="panel",
         page_tokens=PAGE_TOKENS,
-        kv_format="f16",
+        kv_format="f32",
         max_rows=MAX_ROWS,
     )
 

@@ -54,16 +54,16 @@ inline void fold(const Partial& earlier, Partial& later, int head_dim) {
 
 // scores[query][place] = q . key, for the vectors of positions first .. end of one page.
 template <int queries>
-inline void score_page(const u16* keys, const Query* query, int head_dim, int first, int end, int page_start,
+inline void score_page(const float* keys, const Query* query, int head_dim, int first, int end, int page_start,
                        AttentionScratch& scratch) {
   using namespace simd;
   constexpr int step = 2 * lanes;
   for (int place = first / step * step; place < end; place += step) {
     F32 acc[queries][2];
     for (auto& a : acc) a[0] = a[1] = zero();
-    const u16* column = keys + place;
+    const float* column = keys + place;
     for (int d = 0; d < head_dim; ++d, column += config::page_tokens) {
-      const F32 low = load_f16(column), high = load_f16(column + lanes);
+      const F32 low = load(column), high = load(column + lanes);
 #pragma GCC unroll 8
       for (int i = 0; i < queries; ++i) {
         const F32 value = splat(query[i].q[d]);
@@ -80,7 +80,7 @@ inline void score_page(const u16* keys, const Query* query, int head_dim, int fi
 
 // sums[query] += weight * value over positions first .. end of one page.
 template <int queries>
-inline void add_values(const u16* values, int head_dim, int first, int end, int page_start,
+inline void add_values(const float* values, int head_dim, int first, int end, int page_start,
                        const AttentionScratch& scratch, Partial* partials) {
   using namespace simd;
   constexpr int step = 2 * lanes;
@@ -93,8 +93,8 @@ inline void add_values(const u16* values, int head_dim, int first, int end, int 
       acc[i][1] = load(partials[i].sums + d + (wide ? lanes : 0));
     }
     for (int place = first; place < end; ++place) {
-      const u16* row = values + i64(place) * head_dim + d;
-      const F32 low = load_f16(row), high = load_f16(row + (wide ? lanes : 0));
+      const float* row = values + i64(place) * head_dim + d;
+      const F32 low = load(row), high = load(row + (wide ? lanes : 0));
 #pragma GCC unroll 8
       for (int i = 0; i < queries; ++i) {
         const F32 weight = splat(scratch.scores[i][page_start + place]);

@@ -13,10 +13,12 @@
 // Every CTA runs this. A step that stops early (args.stop_after counts the plan's stages) leaves the
 // buffers as that stage wrote them.
 static void decode(Cta& cta, Step& step) {
+  // Once the last sync has passed, the caller may have left and taken the arguments along.
+  const int stop_after = step.args.stop_after;
   int stage = 0;
   const auto ends = [&](Ahead next) {
     cta.sync(next);
-    return stage++ == step.args.stop_after;
+    return stage++ == stop_after;
   };
   embed(cta, step);
   if (ends({})) return;

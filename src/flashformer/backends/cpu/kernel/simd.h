@@ -5,7 +5,6 @@
 //   max, min            a NaN in the second operand comes through
 //   zero_where_below    v, but 0 where x < limit
 //   any_at_least        some lane is >= limit or NaN
-//   store_f16           nearest even; values beyond +-65504 become +-65504; NaN stays NaN
 //   low_bf16, high_bf16 the half of each 32-bit lane as a float
 //   load_i8             2 x lanes signed bytes as pairs of i16
 //   dot                 sum + a.low * b.low + a.high * b.high, exact

@@ -45,11 +45,6 @@ inline float largest(F32 v) {
 }
 
 inline F32 load_f16(const u16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-inline void store_f16(u16* p, F32 v) {
-  const F32 limit = splat(f16_max);
-  v = _mm256_max_ps(_mm256_sub_ps(zero(), limit), _mm256_min_ps(limit, v));
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
 inline F32 low_bf16(I32 v) { return _mm256_castsi256_ps(_mm256_slli_epi32(raw(v), 16)); }
 inline F32 high_bf16(I32 v) {
   return _mm256_castsi256_ps(_mm256_and_si256(raw(v), _mm256_set1_epi32(-65536)));

@@ -45,11 +45,6 @@ inline float largest(F32 v) { return _mm512_reduce_max_ps(v); }
 inline F32 load_f16(const u16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-inline void store_f16(u16* p, F32 v) {
-  const F32 limit = splat(f16_max);
-  v = _mm512_max_ps(_mm512_sub_ps(zero(), limit), _mm512_min_ps(limit, v));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
 inline F32 low_bf16(I32 v) { return _mm512_castsi512_ps(_mm512_slli_epi32(raw(v), 16)); }
 inline F32 high_bf16(I32 v) {
   return _mm512_castsi512_ps(_mm512_and_si512(raw(v), _mm512_set1_epi32(-65536)));

@@ -35,10 +35,6 @@ inline float sum(F32 v) { return vaddvq_f32(v); }
 inline float largest(F32 v) { return vmaxvq_f32(v); }
 
 inline F32 load_f16(const u16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-inline void store_f16(u16* p, F32 v) {
-  v = vmaxq_f32(vdupq_n_f32(-f16_max), vminq_f32(vdupq_n_f32(f16_max), v));
-  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
-}
 inline F32 low_bf16(I32 v) { return vreinterpretq_f32_s32(vshlq_n_s32(v, 16)); }
 inline F32 high_bf16(I32 v) { return vreinterpretq_f32_s32(vandq_s32(v, vdupq_n_s32(-65536))); }
 

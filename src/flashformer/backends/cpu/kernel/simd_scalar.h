@@ -58,9 +58,6 @@ inline float largest(F32 v) {
 }
 
 inline F32 load_f16(const u16* p) { return each<F32>([=](int i) { return from_f16(p[i]); }); }
-inline void store_f16(u16* p, F32 v) {
-  for (int i = 0; i < lanes; ++i) p[i] = to_f16(v.at[i]);
-}
 inline F32 low_bf16(I32 v) { return each<F32>([&](int i) { return from_bf16(u16(v.at[i])); }); }
 inline F32 high_bf16(I32 v) {
   return each<F32>([&](int i) { return from_bf16(u16(u32(v.at[i]) >> 16)); });

@@ -94,7 +94,7 @@ class Team {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
-      phase_.notify_all();
+      wake(phase_);
       return;
     }
     const auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
@@ -104,7 +104,14 @@ class Team {
  private:
   void announce() {
     epoch_.fetch_add(1, std::memory_order_release);
-    epoch_.notify_all();
+    wake(epoch_);
+  }
+
+  // The fence keeps the new value before the look for sleepers: without it a thread that is just
+  // falling asleep can miss both.
+  static void wake(std::atomic<int>& changed) {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    changed.notify_all();
   }
 
   void serve(int idx) {
