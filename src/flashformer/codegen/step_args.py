@@ -28,7 +28,7 @@ def _number(name: str, doc: str) -> Field:
 
 STEP_ARGS = (
     _pointer("image", "const unsigned char", "packed weights"),
-    _pointer("kv_pages", "unsigned short", "keys and values of all layers"),
+    _pointer("kv_pages", "float", "keys and values of all layers"),
     _pointer("token_ids", "const int", "[num_rows]"),
     _pointer("positions", "const int", "[num_rows]"),
     _pointer("slots", "const int", "[num_rows]: row of page_table"),
