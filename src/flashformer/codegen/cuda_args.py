@@ -1,72 +1,37 @@
-"""The arguments of one launch of the CUDA kernel: rendered as C++ and built as ctypes."""
+"""The arguments of one launch of the CUDA kernel."""
 
 import ctypes
-from dataclasses import dataclass
-from typing import Any
 
-POINTER = ctypes.c_uint64  # a device address
+from flashformer.codegen.arguments import ctypes_fields, integer, pointer, unsigned
 
-CXX_TYPES: dict[Any, str] = {
-    ctypes.c_int32: "int",
-    ctypes.c_uint32: "unsigned int",
-    ctypes.c_uint64: "unsigned long long",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One field of an argument struct."""
-
-    name: str
-    ctype: Any
-    pointee: str = ""  # C++ type that a POINTER points to
-    length: int = 0  # of an array; 0: a scalar
-    doc: str = ""
-
-
-STEP_ARGS = (
-    Field("image", POINTER, "const unsigned char", doc="packed weights"),
-    Field("kv", POINTER, "unsigned char", doc="[layers][pages][kv heads][keys, values]"),
-    Field("exchange", POINTER, "unsigned char", doc="buffers between stages (hidden.cuh)"),
-    Field("logits", POINTER, "float", doc="[max_rows][vocab_size] of the last step"),
-    Field("page_table", POINTER, "const int", doc="[max_batch][max_pages]"),
-    Field("out_tokens", POINTER, "int", doc="[num_steps][max_rows]"),
-    Field("barrier", POINTER, "unsigned int", doc="the grid barrier's counter"),
-    Field("arrivals", POINTER, "unsigned int", doc="[max_rows][kv heads], zero"),
-    Field(
-        "watchdog", POINTER, "unsigned int", doc="[8], pinned host memory: first wait to time out"
-    ),
-    Field("trace", POINTER, "unsigned long long", doc="[num_ctas][trace_moments], ns"),
-    Field("wait_limit_ns", ctypes.c_uint64, doc="no wait lasts longer"),
-    Field("barrier_start", ctypes.c_uint32, doc="value of the counter before the launch"),
-    Field("x_bytes", ctypes.c_uint32, doc="shared memory of the activations"),
-    Field("num_slots", ctypes.c_int32, doc="slots of the ring"),
-    Field("num_rows", ctypes.c_int32),
-    Field("num_steps", ctypes.c_int32),
-    Field("num_pages", ctypes.c_int32, doc="KV pages of a layer"),
-    Field("max_pages", ctypes.c_int32, doc="columns of page_table"),
-    Field("stop_after", ctypes.c_int32, doc="end after this many matrices; 0: run to the end"),
-    Field("tokens", ctypes.c_int32, length=8),
-    Field("positions", ctypes.c_int32, length=8),
-    Field("bases", ctypes.c_int32, length=8, doc="positions of the row's sequence stored before"),
-    Field("slots", ctypes.c_int32, length=8, doc="row of page_table"),
+CUDA_STEP_ARGS = (
+    pointer("image", "const unsigned char", "packed weights"),
+    pointer("kv", "unsigned char", "[layers][pages][kv heads][keys, values]"),
+    pointer("exchange", "unsigned char", "buffers between stages (kernel/exchange.cuh)"),
+    pointer("logits", "float", "[max_rows][vocab_size] of the last step"),
+    pointer("page_table", "const int", "[max_batch][max_pages]"),
+    pointer("out_tokens", "int", "[num_steps][max_rows]"),
+    pointer("barrier", "unsigned int", "the grid barrier's counter"),
+    pointer("arrivals", "unsigned int", "[max_rows][kv heads], zero"),
+    pointer("watchdog", "unsigned int", "[8], pinned host memory: the first wait to time out"),
+    pointer("trace", "unsigned long long", "[num_ctas][trace_moments], ns"),
+    unsigned("wait_limit_ns", "no wait lasts longer", bits=64),
+    unsigned("barrier_start", "value of the counter before the launch"),
+    unsigned("x_bytes", "shared memory of the activations"),
+    integer("num_slots", "slots of the ring"),
+    integer("num_rows", "tokens of a step"),
+    integer("num_steps", "tokens of a row"),
+    integer("num_pages", "KV pages of a layer"),
+    integer("max_pages", "columns of page_table"),
+    integer("stop_after", "end after this many matrices; 0: run to the end"),
+    integer("tokens", "of the first step", length=8),
+    integer("positions", "of those tokens", length=8),
+    integer("bases", "positions of the row's sequence stored before the first step", length=8),
+    integer("slots", "rows of page_table", length=8),
 )
 
 
-def render_struct(name: str, fields: tuple[Field, ...]) -> str:
-    """The C++ definition."""
-    lines = []
-    for f in fields:
-        kind = f"{f.pointee}*" if f.pointee else CXX_TYPES[f.ctype]
-        array = f"[{f.length}]" if f.length else ""
-        lines.append(f"  {kind} {f.name}{array};" + (f"  // {f.doc}" if f.doc else ""))
-    return "\n".join([f"struct {name} {{", *lines, "};"])
+class CudaStepArgs(ctypes.Structure):
+    """One launch, as the compiled kernel sees it."""
 
-
-def make_ctypes(name: str, fields: tuple[Field, ...]) -> type[ctypes.Structure]:
-    """The same struct for Python."""
-    members = [(f.name, f.ctype * f.length if f.length else f.ctype) for f in fields]
-    return type(name, (ctypes.Structure,), {"_fields_": members})
-
-
-CudaStepArgs = make_ctypes("StepArgs", STEP_ARGS)
+    _fields_ = ctypes_fields(CUDA_STEP_ARGS)

@@ -5,7 +5,8 @@ Constants and small tables; names are those of the plan and the spec.
 
 from collections.abc import Iterable
 
-from flashformer.codegen.step_args import render_struct
+from flashformer.codegen.arguments import render_struct
+from flashformer.codegen.step_args import STEP_ARGS
 from flashformer.plan.plan import Matrix, Plan
 from flashformer.quant.formats import FORMATS
 
@@ -39,7 +40,7 @@ def render(plan: Plan) -> str:
         "// flashformer.codegen.header: numbers only.",
         "#pragma once",
         "",
-        render_struct(),
+        render_struct(STEP_ARGS),
         "",
         "namespace config {",
         f"enum class Format {{ {', '.join(FORMATS)} }};",
