@@ -9,6 +9,7 @@ JSON file in `benchmarks/results`.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -74,7 +75,9 @@ def compare(options: argparse.Namespace, weight_format: str) -> dict[str, Any]:
         part.rename(path)
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, float]] = []
+    loads: list[float] = []  # of the last minute: above the number of threads, others were busy
     for _ in range(options.rounds):
+        loads.append(round(os.getloadavg()[0], 2))
         ours.append(run_flashformer(options, weight_format))
         theirs.append(run_llama_bench(options, path))
     tests = [row["test"] for row in ours[0]["rows"]]
@@ -93,6 +96,7 @@ def compare(options: argparse.Namespace, weight_format: str) -> dict[str, Any]:
         "ratio": {t: m["flashformer"] / m["llama.cpp"] for t, m in medians.items()},
         "read_gb_s": median(run["machine"]["read_gb_s"] for run in ours),
         "share": {t: median(row_of(run, t)["share"] for run in ours) for t in tests},
+        "load_before_each_round": loads,
         "samples": samples,
         "flashformer_runs": ours,
     }

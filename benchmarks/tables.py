@@ -69,7 +69,7 @@ def tables(results: list[dict[str, Any]]) -> str:
         )
         lines = [f"\n{place[0]} (files {links}):\n", *heads[place]]
         parts.append("\n".join([*lines, *(line for line, _ in rows.values())]) + "\n")
-    return "".join(parts) + ("\n" if parts else "")
+    return "".join(parts) + "\n" if parts else "\nNo result file is checked in yet.\n\n"
 
 
 def title(result: dict[str, Any]) -> str:
