@@ -289,7 +289,7 @@ def _require_memory(plan: Plan, num_pages: int) -> None:
     check(driver.cuInit(0))
     free, _ = torch.cuda.mem_get_info(0)
     kv = num_pages * plan.machine.page_tokens * _kv_bytes_per_token(plan)
-    need = plan.image_bytes + kv + sum(exchange_bytes(plan))
+    need = plan.image_bytes + kv + exchange_bytes(plan)[1]
     if need > free:
         raise OutOfMemoryError(
             f"the model needs {need / 2**30:.2f} GiB of GPU memory ({plan.image_bytes / 2**30:.2f} "
