@@ -1,4 +1,4 @@
-"""The CPU backend computes what the reference computes, stage by stage, with the same bits always."""
+"""The CPU backend computes what the reference computes, stage by stage, always with equal bits."""
 
 import numpy as np
 import pytest
@@ -44,9 +44,9 @@ LENGTH = 600  # three chunks of attention
 
 # Of the largest number of a stage's output, given the same input. Float weights: sums of up to 301
 # products, each rounded to 2^-24, in another order; ten times their expected 1e-6. Integer weights:
-# activations are rounded to 2^-16 of the largest of their group, some 3 times their rms, with random
-# signs: 3e-5 of the output's rms, and eight times that for the largest of a thousand. Attention: a
-# float16 key may round the other way, 2^-11 of it, in a few of a head's channels.
+# activations are rounded to 2^-16 of the largest of their group, some 3 times their rms, with
+# random signs: 3e-5 of the output's rms, and eight times that for the largest of a thousand.
+# Attention: a float16 key may round the other way, 2^-11 of it, in a few of a head's channels.
 TOLERANCES = {"float": 1e-5, "integer": 2.5e-4, "attention": 1e-3}
 
 
@@ -241,9 +241,7 @@ def test_a_row_with_a_nan_has_no_argmax_and_its_neighbours_are_untouched(open_ba
     tied=st.booleans(),
 )
 def test_any_shape_is_right_and_its_chunks_agree(open_backend, layers, hidden, vocab, pair, tied):
-    spec = model_spec(
-        layers=layers, hidden_size=hidden, vocab_size=vocab, tie_word_embeddings=tied
-    )
+    spec = model_spec(layers=layers, hidden_size=hidden, vocab_size=vocab, tie_word_embeddings=tied)
     backend = open_backend(*pair, spec=spec, weights=SpecWeights(spec))
     rows = rows_of(ids_of(40, spec=spec), 2)
     check_stages(backend, batch_of(rows[:9]))
