@@ -3,10 +3,10 @@
 Layout: image | JSON meta | sha256 of the meta (32 bytes) | its length (8 bytes) | magic (8 bytes).
 
 What is verified: the sha256 of the meta and the length of the file at once, and every byte of the
-image by the CRC-32 of its chunk, computed while the bytes are still in the processor's cache. That
-makes reading into fresh memory about a fifth slower (the page faults are most of it) and finds torn
-writes, flipped bits and sectors that were zeroed or swapped. It is no protection against somebody
-who changes the file on purpose; the cache folder is private to its user for that.
+image by the checksum of its chunk, computed while the bytes are still in the processor's cache: the
+CRC-32 of the 64-bit sums of its 512-byte sectors, five times as fast as a CRC-32 of the bytes. It
+finds torn writes, flipped bits and sectors that were zeroed or swapped. It is no protection against
+somebody who changes the file on purpose; the cache folder is private to its user for that.
 """
 
 import hashlib
@@ -24,10 +24,11 @@ import numpy.typing as npt
 Image = npt.NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
 
-MAGIC = b"FFIMAGE1"
+MAGIC = b"FFIMAGE2"
 TRAILER_BYTES = 32 + 8 + len(MAGIC)
 CHUNK_BYTES = 1 << 24
 PIECE_BYTES = 1 << 20  # one system call, then its checksum
+SECTOR_BYTES = 512
 THREADS = 2
 
 
@@ -41,7 +42,7 @@ def write_image(
         def write_chunk(start: int) -> int:
             crc = 0
             for piece, offset in _pieces(image, start):
-                crc = zlib.crc32(piece.data, crc)
+                crc = _checksum(piece, crc)
                 _write_all(handle, piece, offset)
             return crc
 
@@ -73,7 +74,7 @@ def read_image(
             for piece, offset in _pieces(image, start):
                 if not _read_all(handle, piece, offset):
                     return False
-                crc = zlib.crc32(piece.data, crc)
+                crc = _checksum(piece, crc)
             return crc == int(sums[start // CHUNK_BYTES])
 
         return all(_each_chunk("reading the image", read_chunk, image.nbytes, progress))
@@ -91,6 +92,14 @@ def _each_chunk(
             if progress is not None:
                 progress(what, min(len(results) * CHUNK_BYTES, nbytes), nbytes)
     return results
+
+
+def _checksum(piece: Image, crc: int) -> int:
+    """`crc` continued by the sums of the sectors of `piece`, and by the bytes after the last."""
+    whole = piece.nbytes // SECTOR_BYTES * SECTOR_BYTES
+    words = piece[:whole].view(np.uint64).reshape(-1, SECTOR_BYTES // 8)
+    crc = zlib.crc32(np.add.reduce(words, axis=1).data, crc)
+    return zlib.crc32(piece[whole:].data, crc)
 
 
 def _pieces(image: Image, start: int) -> list[tuple[Image, int]]:
