@@ -89,16 +89,13 @@ def test_another_number_of_threads_uses_the_same_image(packings):
     assert len(packings) == 1
 
 
-def test_the_image_lies_in_the_memory_that_was_asked_for():
-    given = []
-
-    def allocate(nbytes):
-        given.append(np.full(nbytes, 7, np.uint8))
-        return given[-1]
-
-    for _ in range(2):
-        assert load_image(PLAN, WEIGHTS, allocate) is given[-1]
-    assert np.array_equal(*given)
+def test_a_cached_image_is_mapped_and_outlives_its_file(folder):
+    packed = load_image(PLAN, WEIGHTS)
+    mapped = load_image(PLAN, WEIGHTS)
+    assert not mapped.flags.writeable
+    for path in (folder / "images").glob("*.image"):
+        path.unlink()
+    assert np.array_equal(mapped, packed)
 
 
 @pytest.mark.parametrize("nbytes", [1, 4096, (2 << 20) + 1])
@@ -152,11 +149,10 @@ def test_chunks_of_an_image_are_written_and_read_in_any_number(monkeypatch, tmp_
     monkeypatch.setattr(image_file, "PIECE_BYTES", 4096)
     image = np.random.default_rng(2).integers(0, 256, 50001, np.uint8)
     image_file.write_image(tmp_path / "x", image, {"key": "k"})
-    found = np.zeros_like(image)
-    assert image_file.read_image(tmp_path / "x", found, {"key": "k"})
+    found = image_file.map_image(tmp_path / "x", image.nbytes, {"key": "k"})
     assert np.array_equal(found, image)
-    assert not image_file.read_image(tmp_path / "x", found, {"key": "other"})
-    assert not image_file.read_image(tmp_path / "x", found[:-1], {"key": "k"})
+    assert image_file.map_image(tmp_path / "x", image.nbytes, {"key": "other"}) is None
+    assert image_file.map_image(tmp_path / "x", image.nbytes - 1, {"key": "k"}) is None
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(folder, packings):

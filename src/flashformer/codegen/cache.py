@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashformer.codegen.image_file import Image, Progress, read_image, write_image
+from flashformer.codegen.image_file import Image, Progress, map_image, write_image
 from flashformer.errors import OutOfMemoryError
 from flashformer.model.weights import WeightSource
 from flashformer.plan.pack import pack
@@ -85,27 +85,28 @@ def allocate_image(nbytes: int) -> Image:
 def load_image(
     plan: Plan,
     weights: WeightSource,
-    allocate: Callable[[int], Image] = allocate_image,
     progress: Progress | None = None,
 ) -> Image:
-    """The packed image of `plan` and `weights`, in memory from `allocate`: cached, or packed now.
+    """The packed image of `plan` and `weights`: mapped from the cache, or packed into memory now.
 
     `progress` is called as (what, bytes done, bytes in all). Raises what `pack.pack` raises; a
     cache that is damaged, read-only or full costs a `CacheWarning` and time.
     """
-    image = allocate(plan.image_bytes)
     key = _digest([plan.image_key, weights.fingerprint])
     meta = {"key": key, "fingerprint": weights.fingerprint}
     options = plan.options
     name = f"{plan.spec.model_type}-{options.format}-{options.head_format}-{key[:24]}"
     path = cache_dir() / "images" / (name + IMAGE_SUFFIX)
     _sweep("images")
-    if _read(path, image, meta, progress):
+    image = _map(path, plan.image_bytes, meta, progress)
+    if image is not None:
         return image
     with _entry_lock(path) as usable:
         # Another process may have packed it while this one waited for the lock.
-        if usable and _read(path, image, meta, progress):
+        image = _map(path, plan.image_bytes, meta, progress) if usable else None
+        if image is not None:
             return image
+        image = allocate_image(plan.image_bytes)
         pack(plan, weights, image, progress)
         if usable:
             _store(path, image, meta, progress)
@@ -164,17 +165,18 @@ def clear(kind: str | None = None) -> tuple[int, int]:
     return removed, nbytes
 
 
-def _read(path: Path, image: Image, meta: dict[str, str], progress: Progress | None) -> bool:
+def _map(path: Path, nbytes: int, meta: dict[str, str], progress: Progress | None) -> Image | None:
     try:
-        if read_image(path, image, meta, progress):
+        image = map_image(path, nbytes, meta, progress)
+        if image is not None:
             _touch(path)
-            return True
+            return image
         _warn(f"The cached image {path} is damaged; the weights are packed again")
     except (FileNotFoundError, NotADirectoryError):  # the latter is reported on writing
         pass
     except OSError as error:
         _warn(f"The cached image {path} cannot be read ({error.strerror}); packing again")
-    return False
+    return None
 
 
 def _store(path: Path, image: Image, meta: dict[str, str], progress: Progress | None) -> None:

@@ -3,7 +3,7 @@
 Layout: image | JSON meta | sha256 of the meta (32 bytes) | its length (8 bytes) | magic (8 bytes).
 
 What is verified: the sha256 of the meta and the length of the file at once, and every byte of the
-image by the checksum of its chunk, computed while the bytes are still in the processor's cache: the
+image by the checksum of its chunk: the
 CRC-32 of the 64-bit sums of its 512-byte sectors, five times as fast as a CRC-32 of the bytes. It
 finds torn writes, flipped bits and sectors that were zeroed or swapped. It is no protection against
 somebody who changes the file on purpose; the cache folder is private to its user for that.
@@ -11,6 +11,7 @@ somebody who changes the file on purpose; the cache folder is private to its use
 
 import hashlib
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Callable
@@ -27,8 +28,9 @@ Progress = Callable[[str, int, int], None]
 MAGIC = b"FFIMAGE2"
 TRAILER_BYTES = 32 + 8 + len(MAGIC)
 CHUNK_BYTES = 1 << 24
-PIECE_BYTES = 1 << 20  # one system call, then its checksum
+PIECE_BYTES = 1 << 20  # of one system call, and of one step of a checksum
 SECTOR_BYTES = 512
+POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux: all pages at once, not a fault for each
 THREADS = 2
 
 
@@ -55,31 +57,32 @@ def write_image(
         os.close(handle)
 
 
-def read_image(
-    path: Path, image: Image, meta: dict[str, Any], progress: Progress | None = None
-) -> bool:
-    """Read the file into `image`; whether it is whole and of this `meta`. Raises `OSError`.
+def map_image(
+    path: Path, nbytes: int, meta: dict[str, Any], progress: Progress | None = None
+) -> Image | None:
+    """The image in the file, mapped read-only; None unless it is whole and of this `meta`.
 
-    After False the bytes of `image` are undefined.
+    Nothing is copied: processes share the pages, and those in the system's file cache need not be
+    read again. The file may be replaced or removed meanwhile. Raises `OSError`.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
         stored = _read_meta(handle)
-        if stored is None or stored != {**stored, **meta, "image_bytes": image.nbytes}:
-            return False
-        sums = stored["checksums"]
-
-        def read_chunk(start: int) -> bool:
-            crc = 0
-            for piece, offset in _pieces(image, start):
-                if not _read_all(handle, piece, offset):
-                    return False
-                crc = _checksum(piece, crc)
-            return crc == int(sums[start // CHUNK_BYTES])
-
-        return all(_each_chunk("reading the image", read_chunk, image.nbytes, progress))
+        if stored is None or stored != {**stored, **meta, "image_bytes": nbytes}:
+            return None
+        memory = mmap.mmap(handle, 0, mmap.MAP_PRIVATE | POPULATE, mmap.PROT_READ)
     finally:
         os.close(handle)
+    image = np.frombuffer(memory, np.uint8)[:nbytes]
+    sums = stored["checksums"]
+
+    def check_chunk(start: int) -> bool:
+        crc = 0
+        for piece, _ in _pieces(image, start):
+            crc = _checksum(piece, crc)
+        return crc == int(sums[start // CHUNK_BYTES])
+
+    return image if all(_each_chunk("reading the image", check_chunk, nbytes, progress)) else None
 
 
 def _each_chunk(
@@ -126,13 +129,3 @@ def _write_all(handle: int, piece: Image, offset: int) -> None:
     done = 0
     while done < piece.nbytes:
         done += os.pwrite(handle, piece.data[done:], offset + done)
-
-
-def _read_all(handle: int, piece: Image, offset: int) -> bool:
-    done = 0
-    while done < piece.nbytes:
-        count = os.preadv(handle, [piece.data[done:]], offset + done)
-        if count == 0:
-            return False
-        done += count
-    return True

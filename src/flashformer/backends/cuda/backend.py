@@ -82,7 +82,7 @@ class CudaBackend:
         self._kernel = self._load("decode", trace_moments)
         rows, machine = plan.machine.max_rows, plan.machine
         self._packet_bytes, all_bytes = exchange_bytes(plan)
-        self._image = torch.as_tensor(image).to(self._device)
+        self._image = self._moved(image)
         self._kv = self._zeros(num_pages * machine.page_tokens * _kv_bytes_per_token(plan))
         self._exchange = self._zeros(all_bytes)
         self._logits = self._zeros((rows, plan.spec.vocab_size), torch.float32)
@@ -234,6 +234,13 @@ class CudaBackend:
         kernel = Kernel(cubin, name, 32 * NUM_WARPS[name], self._plan.machine.shared_bytes)
         kernel.require_one_cta_an_sm(self._plan.machine.num_ctas)
         return kernel
+
+    def _moved(self, image: npt.NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
+        if isinstance(image, torch.Tensor):
+            return image.to(self._device)
+        moved = torch.empty(image.nbytes, dtype=torch.uint8, device=self._device)
+        check(driver.cuMemcpyHtoD(moved.data_ptr(), image.ctypes.data, image.nbytes))
+        return moved
 
     def _zeros(self, shape: int | tuple[int, ...], dtype: Any = torch.uint8) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._device)
