@@ -52,13 +52,11 @@ template <Format format, int odd>
 }
 
 // Rows vector * lanes .. of pair `pair` of the 8 columns stored at `eight`, as pairs of i16; int4
-// codes stay unsigned (8 means 0). `unpacked`: the pairs are stored as such.
-template <Format format, bool unpacked, int pair>
+// codes stay unsigned (8 means 0).
+template <Format format, int pair>
 [[gnu::always_inline]] inline simd::I32 load_pair(const u8* eight, int vector) {
   using namespace simd;
-  if constexpr (unpacked) {
-    return load_i32((const u32*)eight + pair * tile_rows + vector * lanes);
-  } else if constexpr (format == Format::int8) {
+  if constexpr (format == Format::int8) {
     return load_i8(eight + pair * 2 * tile_rows + vector * 2 * lanes);
   } else {
     const I32 word = load_i32((const u32*)eight + vector * lanes), mask = splat_i32(0x000f000f);
@@ -66,11 +64,6 @@ template <Format format, bool unpacked, int pair>
     if constexpr (pair == 3) return shift_right_i16<12>(word);
     return bit_and(shift_right_i16<4 * pair>(word), mask);
   }
-}
-
-// Bytes of 8 columns of codes.
-constexpr int eight_bytes(Format format, bool unpacked) {
-  return unpacked ? 256 : (traits(format).block_bytes - traits(format).scale_bytes) * 8 / traits(format).block_cols;
 }
 
 // One weight, for the embedding.

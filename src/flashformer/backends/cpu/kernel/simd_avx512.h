@@ -60,7 +60,6 @@ template <int bits>
 inline I32 shift_right_i16(I32 v) { return wrap(_mm512_srli_epi16(raw(v), bits)); }
 template <int bits>
 inline I32 shift_right_i32(I32 v) { return wrap(_mm512_srai_epi32(raw(v), bits)); }
-inline I32 sub_i16(I32 a, I32 b) { return wrap(_mm512_sub_epi16(raw(a), raw(b))); }
 inline I32 load_i8(const u8* p) {
   return wrap(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)));
 }

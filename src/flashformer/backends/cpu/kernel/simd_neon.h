@@ -51,9 +51,6 @@ inline I32 shift_right_i16(I32 v) {
 }
 template <int bits>
 inline I32 shift_right_i32(I32 v) { return vshrq_n_s32(v, bits); }
-inline I32 sub_i16(I32 a, I32 b) {
-  return vreinterpretq_s32_s16(vsubq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
-}
 inline I32 load_i8(const u8* p) {
   return vreinterpretq_s32_s16(vmovl_s8(vreinterpret_s8_u8(vld1_u8(p))));
 }

@@ -84,11 +84,6 @@ inline I32 shift_right_i16(I32 v) {
 }
 template <int bits>
 inline I32 shift_right_i32(I32 v) { return each<I32>([&](int i) { return v.at[i] >> bits; }); }
-inline I32 sub_i16(I32 a, I32 b) {
-  return each<I32>([&](int i) {
-    return join(low_half(a.at[i]) - low_half(b.at[i]), high_half(a.at[i]) - high_half(b.at[i]));
-  });
-}
 inline I32 load_i8(const u8* p) {
   return each<I32>([=](int i) { return join(i8(p[2 * i]), i8(p[2 * i + 1])); });
 }
