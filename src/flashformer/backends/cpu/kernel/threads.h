@@ -12,11 +12,32 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 #include "simd.h"
 
 struct alignas(64) Cursor {
   std::atomic<int> taken{0};  // items of the CTA's share that somebody has begun
 };
+
+// Where a CTA is, for those who wait for it.
+struct alignas(64) Place {
+  static constexpr int waiting = -1;
+  std::atomic<int> phase{-1};  // in which it last began to work; -1: it sleeps between steps
+  std::atomic<int> processor{waiting};  // on which it works
+};
+
+inline int current_processor() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return 0;
+#endif
+}
+
+inline void yield_processor() { std::this_thread::yield(); }
 
 // Memory that a waiting CTA pulls into its cache: the first weights of its next phase.
 struct Ahead {
@@ -28,19 +49,25 @@ struct Ahead {
   }
 };
 
-// Spins for about the time of a hand-off, then sleeps: a core that waits longer is worth more to
-// the thread that everyone waits for.
-template <class Ready>
-inline bool spin_until(Ready ready, std::chrono::microseconds limit, Ahead& ahead) {
+// How long a CTA spins before it sleeps. Waking a thread takes some 60 microseconds in a virtual
+// machine: after a shorter spin one CTA would fall asleep while the next wakes, again and again.
+inline constexpr std::chrono::microseconds barrier_spin{400};
+inline constexpr std::chrono::microseconds idle_spin{1000};  // between steps: the host picks a token
+
+// Spins until ready() or the limit has passed; whether it became ready. Every microsecond or so
+// relax() may give the processor to another thread.
+template <class Ready, class Relax>
+inline bool spin_until(Ready ready, Relax relax, std::chrono::microseconds limit, Ahead& ahead) {
   const auto start = std::chrono::steady_clock::now();
-  for (;;) {
+  do {
     for (int i = 0; i < 64; ++i) {
       if (ready()) return true;
       ahead.pull(2);
       simd::pause();
     }
-    if (std::chrono::steady_clock::now() - start > limit) return ready();
-  }
+    relax();
+  } while (std::chrono::steady_clock::now() - start < limit);
+  return ready();
 }
 
 class Team;
@@ -66,7 +93,7 @@ class Team {
  public:
   using Body = void (*)(Cta&, void*);
 
-  explicit Team(int size) : size_(size), cursors_(2 * std::size_t(size)) {
+  explicit Team(int size) : size_(size), cursors_(2 * std::size_t(size)), places_(std::size_t(size)) {
     for (int idx = 1; idx < size; ++idx) threads_.emplace_back([this, idx] { serve(idx); });
   }
 
@@ -83,12 +110,26 @@ class Team {
     body_ = body;
     argument_ = argument;
     announce();
+    begin_phase(0);
     body(caller_, argument);
   }
 
   Cursor& cursor(unsigned phase, int idx) { return cursors_[(phase & 1) * std::size_t(size_) + std::size_t(idx)]; }
 
-  void arrive_and_wait(Ahead& ahead) {
+  void arrive_and_wait(int idx, Ahead& ahead) {
+    places_[std::size_t(idx)].processor.store(Place::waiting, std::memory_order_relaxed);
+    wait_for_all(ahead);
+    begin_phase(idx);
+  }
+
+ private:
+  void begin_phase(int idx) {
+    Place& place = places_[std::size_t(idx)];
+    place.processor.store(current_processor(), std::memory_order_relaxed);
+    place.phase.store(phase_.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  }
+
+  void wait_for_all(Ahead& ahead) {
     const int phase = phase_.load(std::memory_order_relaxed);
     // acq_rel: the last to arrive has seen the writes of all; the store below passes them on.
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
@@ -98,10 +139,22 @@ class Team {
       return;
     }
     const auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
-    if (!spin_until(passed, std::chrono::microseconds(50), ahead)) phase_.wait(phase, std::memory_order_acquire);
+    const auto make_way = [&] {
+      if (may_be_in_the_way_of_another(phase)) yield_processor();
+    };
+    if (!spin_until(passed, make_way, barrier_spin, ahead)) phase_.wait(phase, std::memory_order_acquire);
   }
 
- private:
+  // Whether a CTA that the phase needs may be queued behind this thread: it works on the processor on
+  // which this thread spins, or was woken and has not begun.
+  bool may_be_in_the_way_of_another(int phase) const {
+    const int here = current_processor();
+    return std::any_of(places_.begin(), places_.end(), [&](const Place& place) {
+      return place.phase.load(std::memory_order_relaxed) != phase ||
+             place.processor.load(std::memory_order_relaxed) == here;
+    });
+  }
+
   void announce() {
     epoch_.fetch_add(1, std::memory_order_release);
     wake(epoch_);
@@ -119,14 +172,17 @@ class Team {
     Ahead nothing;
     for (int seen = 0;; ++seen) {
       const auto called = [&] { return epoch_.load(std::memory_order_acquire) != seen; };
-      if (!spin_until(called, std::chrono::microseconds(200), nothing)) epoch_.wait(seen, std::memory_order_acquire);
+      if (!spin_until(called, [] {}, idle_spin, nothing)) epoch_.wait(seen, std::memory_order_acquire);
       if (body_ == nullptr) return;
+      begin_phase(idx);
       body_(cta, argument_);
+      places_[std::size_t(idx)].phase.store(-1, std::memory_order_relaxed);
     }
   }
 
   const int size_;
   std::vector<Cursor> cursors_;  // [2 phases][size]
+  std::vector<Place> places_;  // [size]
   Cta caller_{*this, 0};
   Body body_ = nullptr;
   void* argument_ = nullptr;
@@ -139,7 +195,7 @@ class Team {
 inline void Cta::sync(Ahead ahead) {
   // The other set of cursors was last used a phase ago; nobody touches it before the barrier.
   team.cursor(phase + 1, idx).taken.store(0, std::memory_order_relaxed);
-  team.arrive_and_wait(ahead);
+  team.arrive_and_wait(idx, ahead);
   ++phase;
 }
 
