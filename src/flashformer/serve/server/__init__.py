@@ -1,0 +1,1 @@
+"""The HTTP server: an engine in its own process behind an OpenAI- and Anthropic-compatible API."""
