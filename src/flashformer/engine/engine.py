@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashformer.backends.base import Backend, StepBatch, StepResult
+from flashformer.engine.constraint import Constraint
 from flashformer.engine.kv_cache import KvCache
 from flashformer.engine.logprobs import position_logprobs
 from flashformer.engine.sampler import Draw, sample
@@ -84,6 +85,11 @@ class Engine:
         return len(self._running)
 
     @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The sequences that hold a slot, in the order in which they started."""
+        return tuple(self._running)
+
+    @property
     def num_waiting(self) -> int:
         """Sequences that wait for a slot or for pages."""
         return len(self._waiting)
@@ -140,8 +146,19 @@ class Engine:
                 )
         return tuple(int(token_id) for token_id in prompt)
 
-    def add(self, prompt_token_ids: Items[int], params: SamplingParams) -> Request:
-        """Queue a prompt, as n sequences that share its pages; `UsageError` if it can never run."""
+    def add(
+        self,
+        prompt_token_ids: Items[int],
+        params: SamplingParams,
+        *,
+        constraints: Items[Constraint] = (),
+        resume: Items[Items[int]] = (),
+    ) -> Request:
+        """Queue a prompt, as n sequences that share its pages; `UsageError` if it can never run.
+
+        `constraints`: one for each sequence, or none. `resume`: what each sequence chose before the
+        engine was lost; with the same seed it goes on as if nothing had happened.
+        """
         prompt = self.check(prompt_token_ids, params)
         number = self._num_requests
         room = self.context - len(prompt)
@@ -155,9 +172,15 @@ class Engine:
             stop_ids=eos_ids | frozenset(params.stop_token_ids),
             eos_ids=eos_ids,
         )
-        request.sequences = tuple(Sequence(request, i, self._tokenizer) for i in range(params.n))
+        forms = constraints or (None,) * params.n
+        request.sequences = tuple(
+            Sequence(request, index, self._tokenizer, form)
+            for index, form in zip(range(params.n), forms, strict=True)
+        )
+        for sequence, token_ids in zip(request.sequences, resume, strict=False):
+            sequence.resume(token_ids)
         self._num_requests += 1
-        self._waiting.extend(request.sequences)
+        self._waiting.extend(s for s in request.sequences if s.finish_reason is None)
         return request
 
     def cancel(self, request: Request) -> list[Delta]:
@@ -299,12 +322,16 @@ class Engine:
 
     def _choose(self, sequence: Sequence, logits: Float32, argmax: int) -> Delta:
         params = sequence.request.params
-        forbidden = sequence.forbidden
-        if params.greedy and not params.adjusting and not forbidden:
+        allowed = None if sequence.constraint is None else sequence.constraint.allowed()
+        # Where a constraint lets only the end follow, min_tokens must not forbid it.
+        forbidden = sequence.forbidden if allowed is None else ()
+        if params.greedy and not params.adjusting and not forbidden and allowed is None:
             token_id = argmax if np.isfinite(logits[argmax]) else -1
         else:
             draw = Draw(sequence.request.seed, len(sequence.token_ids), sequence.index)
-            token_id = sample(logits, params, draw, sequence.counts, forbidden)
+            token_id = sample(logits, params, draw, sequence.counts, forbidden, allowed)
+        if token_id < 0 and allowed is not None and np.isfinite(logits[argmax]):
+            return self._fail(sequence, "the grammar allows none of the tokens that may be chosen")
         if token_id < 0:
             return self._fail(sequence, "the model's largest logit is not finite")
         logprobs: tuple[Logprobs, ...] = ()

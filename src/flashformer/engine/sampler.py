@@ -1,8 +1,8 @@
 """How a token is chosen from a row of logits: the numpy meaning of every device sampler.
 
-The order is: logit_bias, allowed_token_ids and forbidden ids; repetition, frequency and presence
-penalty; temperature; top_k; top_p; min_p; the draw. Tokens are ordered by falling logit, equal
-logits by rising id: this total order decides every tie.
+The order is: logit_bias, allowed_token_ids, forbidden ids and a constraint; repetition, frequency
+and presence penalty; temperature; top_k; top_p; min_p; the draw. Tokens are ordered by falling
+logit, equal logits by rising id: this total order decides every tie.
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from flashformer.engine.sampling import SamplingParams
 
 Float32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
 
 _BUCKETS = 2048
 _CHUNK = 8192  # Philox blocks at once: its arrays stay in the second-level cache
@@ -72,12 +73,14 @@ def sample(
     draw: Draw,
     counts: TokenCounts | None = None,
     forbidden: Iterable[int] = (),
+    allowed: Mask | None = None,
 ) -> int:
     """The token chosen from `logits` [vocab_size]; -1 if they hold a NaN or no finite maximum.
 
-    `counts` is needed if `params.penalised`; `forbidden` ids are never chosen.
+    `counts` is needed if `params.penalised`; `forbidden` ids are never chosen; `allowed`
+    [vocab_size] are all that may be (None: all).
     """
-    logits = adjust(logits, params, counts, forbidden)
+    logits = adjust(logits, params, counts, forbidden, allowed)
     best = int(np.argmax(logits))  # numpy returns the first NaN's place, if there is one
     if not np.isfinite(logits[best]):
         return -1
@@ -94,21 +97,24 @@ def adjust(
     params: SamplingParams,
     counts: TokenCounts | None = None,
     forbidden: Iterable[int] = (),
+    allowed: Mask | None = None,
 ) -> Float32:
     """Logits after bias, masks and penalties; the same array if nothing changes it."""
     forbidden = list(forbidden)
-    if not params.adjusting and not forbidden:
+    if not params.adjusting and not forbidden and allowed is None:
         return logits
     logits = logits.copy()
     if params.logit_bias:
         ids = np.fromiter(params.logit_bias, np.intp)
         logits[ids] += np.fromiter(params.logit_bias.values(), np.float32)
     if params.allowed_token_ids is not None:
-        allowed = np.full_like(logits, -np.inf)
+        masked = np.full_like(logits, -np.inf)
         ids = np.asarray(params.allowed_token_ids)
-        allowed[ids] = logits[ids]
-        logits = allowed
+        masked[ids] = logits[ids]
+        logits = masked
     logits[forbidden] = -np.inf
+    if allowed is not None:
+        logits[~allowed] = -np.inf
     if params.penalised and counts is not None:
         counts.penalise(logits, params)
     return logits

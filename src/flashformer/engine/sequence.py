@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from flashformer.engine.constraint import Constraint
 from flashformer.engine.detokenizer import Detokenizer
 from flashformer.engine.logprobs import Logprob
 from flashformer.engine.sampler import TokenCounts
@@ -71,11 +72,13 @@ class Sequence:
 
     __slots__ = (
         "cached_tokens",
+        "constraint",
         "counts",
         "detokenizer",
         "finish_reason",
         "index",
         "num_computed",
+        "num_given",
         "request",
         "slot",
         "stop_strings",
@@ -83,11 +86,19 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        tokenizer: Tokenizer | None,
+        constraint: Constraint | None = None,
+    ) -> None:
         params = request.params
         self.request = request
         self.index = index
+        self.constraint = constraint
         self.token_ids = list(request.prompt_token_ids)
+        self.num_given = len(self.token_ids)  # tokens that it did not choose itself
         self.num_computed = 0  # positions whose keys and values are stored
         self.cached_tokens = 0
         self.slot = -1  # row of the page table while it runs
@@ -106,8 +117,8 @@ class Sequence:
 
     @property
     def in_prompt(self) -> bool:
-        """Whether prompt tokens are left to compute."""
-        return self.num_computed < len(self.request.prompt_token_ids)
+        """Whether given tokens are left to compute."""
+        return self.num_computed < self.num_given
 
     @property
     def max_positions(self) -> int:
@@ -119,6 +130,12 @@ class Sequence:
         """Token ids that would end it too early."""
         too_early = self.num_generated < self.request.params.min_tokens
         return sorted(self.request.stop_ids) if too_early else ()
+
+    def resume(self, token_ids: Items[int]) -> None:
+        """Go on behind tokens that were chosen in another life of the engine."""
+        for token_id in token_ids:
+            self.append(token_id, ())
+        self.num_given = len(self.token_ids)
 
     def start(self, slot: int, cached_tokens: int) -> None:
         """Take a slot whose first `cached_tokens` positions are stored already."""
@@ -138,9 +155,11 @@ class Sequence:
         if token_id in request.stop_ids:
             reason = "stop"
             stop = None if token_id in request.eos_ids else token_id
+        elif self._completes(token_id):
+            reason = "stop"
         elif self.num_generated >= request.max_tokens:
             reason = "length"
-        hidden = reason == "stop" and not params.include_stop_str_in_output
+        hidden = token_id in request.stop_ids and not params.include_stop_str_in_output
         text, matched = self._text(None if hidden else token_id, final=reason is not None)
         if matched is not None:
             reason, stop = "stop", matched
@@ -152,6 +171,13 @@ class Sequence:
         text = "" if reason == "error" else self._text(None, final=True)[0]
         self.finish_reason = reason
         return Delta(self.request, self.index, text=text, finish_reason=reason)
+
+    def _completes(self, token_id: int) -> bool:
+        """Tell the constraint of a token; whether nothing may follow it."""
+        if self.constraint is None:
+            return False
+        self.constraint.accept(token_id)
+        return self.constraint.complete
 
     def _text(self, token_id: int | None, *, final: bool) -> tuple[str, str | None]:
         if self.detokenizer is None:
