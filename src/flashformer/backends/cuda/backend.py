@@ -16,7 +16,9 @@ from flashformer.backends.cuda.launch import Kernel, check
 from flashformer.backends.cuda.machine import cuda_machine
 from flashformer.codegen.cache import load_image
 from flashformer.codegen.cuda_args import CudaStepArgs
-from flashformer.codegen.cuda_header import SLOT_BYTES, WINDOW_BYTES, exchange_bytes, padded
+from flashformer.codegen.cuda_header import MATRICES, SLOT_BYTES, WINDOW_BYTES
+from flashformer.codegen.exchange import exchange_bytes, padded
+from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import WeightSource
@@ -25,7 +27,6 @@ from flashformer.plan.plan import Plan, PlanOptions, make_plan
 NUM_WARPS = {"decode": 10, "stream": 9}  # eight consumers, the producer; decode has a prefetcher
 MAX_SLOTS = 16  # of the ring: kernel/cta.cuh
 MIN_SLOTS = 4
-WAIT_LIMIT_NS = 2_000_000_000
 WAITS = {  # WaitKind of kernel/cta.cuh
     1: "a slot of the ring to be filled",
     2: "a slot of the ring to be released",
@@ -61,36 +62,48 @@ def open_cuda(
 
 
 class CudaBackend:
-    """Runs a plan on the current CUDA device. Not thread-safe."""
+    """Runs a plan on the current CUDA device. Not thread-safe.
+
+    For tests: `wait_limit_ns`, after which a wait in the kernel gives up; `delay_seed` and `drop`
+    (matrix from 1, CTA), which a kernel built with those instruments obeys.
+    """
+
+    wait_limit_ns = 2_000_000_000
+    delay_seed = 0
+    drop = (0, 0)
 
     def __init__(
         self,
         plan: Plan,
         image: npt.NDArray[np.uint8] | torch.Tensor,
         num_pages: int,
-        trace_moments: int = 0,
+        instruments: Instruments = NONE,
     ) -> None:
         """`image` [plan.image_bytes] in host or device memory; it is not kept if it is the host's.
 
-        `trace_moments`: how many moments of each CTA's timeline to keep in `trace`.
+        With `instruments.trace_moments` the last launch's timeline lies in `trace`.
         """
         self._plan = plan
         self._num_pages = num_pages
         self._layer = plan.spec.layers[0]
         self._device = torch.device("cuda", 0)
         self._stream = torch.cuda.current_stream(self._device)  # makes the context current
-        self._kernel = self._load("decode", trace_moments)
+        self._instruments = instruments
+        self._kernel = self._load("decode", instruments)
         rows, machine = plan.machine.max_rows, plan.machine
         self._packet_bytes, all_bytes = exchange_bytes(plan)
         self._image = self._moved(image)
         self._kv = self._zeros(num_pages * machine.page_tokens * _kv_bytes_per_token(plan))
+        if instruments.poison:
+            self._kv.fill_(255)  # NaN
         self._exchange = self._zeros(all_bytes)
         self._logits = self._zeros((rows, plan.spec.vocab_size), torch.float32)
-        self._barrier = self._zeros(1, torch.int32)
+        self._barrier_start = instruments.counter_start
+        self._barrier = torch.tensor([self._barrier_start], device=self._device).to(torch.int32)
         self._arrivals = self._zeros(rows * self._layer.num_kv_heads, torch.int32)
         self._watchdog = torch.zeros(8, dtype=torch.int32, pin_memory=True)
-        self.trace = self._zeros((machine.num_ctas, max(1, trace_moments)), torch.int64)
-        self._barrier_start = 0
+        moments = (machine.num_ctas, len(TRACKS), max(1, instruments.trace_moments), 2)
+        self.trace = self._zeros(moments, torch.int64)
         self._page_table = torch.zeros(0, dtype=torch.int32, device=self._device)
         self._known_pages: Int32 | None = None
 
@@ -161,7 +174,8 @@ class CudaBackend:
             args.tokens[i], args.positions[i] = int(token_ids[i]), int(positions[i])
             args.slots[i] = int(slots[i])
             args.bases[i] = args.bases[i - 1] if same else int(positions[i])
-        self._exchange[: self._packet_bytes].fill_(255)  # no packet carries the first tag
+        # No packet carries the first tag; the rest holds NaN in tests.
+        self._exchange[: None if self._instruments.poison else self._packet_bytes].fill_(255)
         shared = args.x_bytes + args.num_slots * SLOT_BYTES
         self._kernel.launch(self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args)
         result = out.cpu().numpy()[:, :rows]
@@ -199,7 +213,7 @@ class CudaBackend:
         Measures for about `seconds` and returns the median. There is nothing but the image to
         read, so `own_image` changes nothing.
         """
-        kernel = self._load("stream", 0)
+        kernel = self._load("stream")
         args = self._step_args(rows=1)
         args.x_bytes = 0
         args.num_slots = min(MAX_SLOTS, kernel.max_dynamic_shared // SLOT_BYTES)
@@ -229,8 +243,8 @@ class CudaBackend:
             setattr(self, name, torch.zeros(0))
         torch.cuda.empty_cache()
 
-    def _load(self, name: str, trace_moments: int) -> Kernel:
-        cubin = compile_kernel(self._plan, name, trace_moments)
+    def _load(self, name: str, instruments: Instruments = NONE) -> Kernel:
+        cubin = compile_kernel(self._plan, name, instruments)
         kernel = Kernel(cubin, name, 32 * NUM_WARPS[name], self._plan.machine.shared_bytes)
         kernel.require_one_cta_an_sm(self._plan.machine.num_ctas)
         return kernel
@@ -251,7 +265,8 @@ class CudaBackend:
         args.exchange, args.logits = self._exchange.data_ptr(), self._logits.data_ptr()
         args.page_table = self._page_table.data_ptr()
         args.barrier, args.arrivals = self._barrier.data_ptr(), self._arrivals.data_ptr()
-        args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), WAIT_LIMIT_NS
+        args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), self.wait_limit_ns
+        args.delay_seed, (args.drop_matrix, args.drop_cta) = self.delay_seed, self.drop
         args.barrier_start = self._barrier_start
         args.x_bytes, args.num_slots = self.x_bytes(rows), self.num_slots(rows)
         args.num_rows, args.num_pages = rows, self._num_pages
@@ -263,16 +278,20 @@ class CudaBackend:
             self._page_table = torch.as_tensor(self._known_pages).to(self._device)
 
     def _check_watchdog(self) -> None:
-        kind, cta, warp = (int(x) for x in self._watchdog[:3])
+        kind, cta, warp, matrix = (int(x) for x in self._watchdog[:4])
         if kind == 0:
             return
         self._watchdog.zero_()
         self._barrier.zero_()
         self._arrivals.zero_()
         self._barrier_start = 0
+        layer, stage = divmod(matrix, len(MATRICES))
+        head = layer == self._plan.spec.num_layers
+        where = "lm_head" if head else f"{MATRICES[stage]} of layer {layer}"
         raise FlashFormerError(
-            f"the CUDA kernel gave up after {WAIT_LIMIT_NS / 1e9:.0f} s: warp {warp} of CTA {cta} "
-            f"waited for {WAITS.get(kind, kind)}; the step was abandoned, please report this"
+            f"the CUDA kernel gave up after {self.wait_limit_ns / 1e9:g} s: warp {warp} of CTA "
+            f"{cta} waited for {WAITS.get(kind, kind)}, at {where}; the step was abandoned, please "
+            "report this"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from flashformer.codegen.cache import compiled
 from flashformer.codegen.cuda_header import render_cuda
+from flashformer.codegen.instruments import NONE, Instruments
 from flashformer.errors import CompileError
 from flashformer.plan.plan import Plan
 
@@ -30,14 +31,14 @@ class Cubin:
     resources: Resources
 
 
-def compile_kernel(plan: Plan, name: str = "decode", trace_moments: int = 0) -> Cubin:
+def compile_kernel(plan: Plan, name: str = "decode", instruments: Instruments = NONE) -> Cubin:
     """kernel/`name`.cu compiled for `plan.machine.arch`, from the cache or now.
 
     Raises `CompileError` with NVRTC's log.
     """
     from cuda.bindings import nvrtc
 
-    header = render_cuda(plan, trace_moments)
+    header = render_cuda(plan, instruments)
     status, *version = nvrtc.nvrtcVersion()
     _check(status)
     key = [f"nvrtc {version}", plan.machine.arch, name, header]

@@ -32,6 +32,10 @@ struct Shared {
   u32 filled;   // fills issued so far
   u32 flag;     // broadcast within the consumers
   u32 aborted;  // not 0: nobody waits any more; kind << 8 | warp of the wait that timed out
+  int matrix;   // that the consumers are at
+  int aborted_at;  // the matrix of the wait that timed out
+  int moments[2];   // of the timeline: consumers, producer
+  u32 waited[2][2]; // ns since the last moment, [track][ring, or packets and landing copies]
 };
 
 // Counts the polls of one wait and ends it when its time is over. A wait that times out leaves a word in `aborted`,
@@ -49,7 +53,23 @@ struct Patience {
     if (start == 0) start = now;
     if (now - start <= args.wait_limit_ns) return false;
     *aborted = static_cast<u32>(kind) << 8 | threadIdx.x / 32;
+    shared.aborted_at = *static_cast<volatile int*>(&shared.matrix);
     return true;
+  }
+};
+
+struct Cta;
+
+// Adds the time until its end to `Shared::waited`; nothing without a timeline.
+struct Stopwatch {
+  u32* sum = nullptr;
+  u64 start = 0;
+
+  __device__ __forceinline__ Stopwatch(const Cta& cta, WaitKind kind);
+  __device__ __forceinline__ ~Stopwatch() {
+    if constexpr (config::trace) {
+      if (sum) *sum += static_cast<u32>(globaltimer() - start);
+    }
   }
 };
 
@@ -63,7 +83,6 @@ struct Cta {
   int lane;
   int idx;
   u32 barriers_passed = 0;
-  int moments = 0;
 
   __device__ Cta(const StepArgs& step_args, u8* dynamic, Shared& fixed)
       : args(step_args), shared(fixed), x(dynamic), slots(dynamic + step_args.x_bytes),
@@ -77,19 +96,42 @@ struct Cta {
 
   // Wait for a phase of a barrier in shared memory; after args.wait_limit_ns give up and let everybody run on.
   __device__ __forceinline__ void wait(u64* bar, u32 parity, WaitKind kind) const {
+    const Stopwatch stopwatch(*this, kind);
     Patience patience;
     while (!mbarrier_test_wait(bar, parity)) {
       if (patience.ends(args, shared, kind)) return;
     }
   }
 
-  // A moment of this CTA's timeline (profile.py knows the order); compiled out unless the plan asks for it.
-  __device__ __forceinline__ void trace() {
+  __device__ bool is_traced() const { return thread == 0 || (is_producer() && lane == 0); }
+
+  // The end of a slice of this CTA's timeline (codegen/instruments.py), with the time waited in it.
+  __device__ __forceinline__ void trace(Moment moment, int layer = 0) const {
     if constexpr (config::trace) {
-      if (thread == 0 && moments < config::trace_moments) {
-        args.trace[u64(idx) * config::trace_moments + moments++] = globaltimer();
-      }
+      const int track = is_producer();
+      if (!is_traced() || shared.moments[track] == config::trace_moments) return;
+      const u64 at = (u64(idx) * 2 + track) * config::trace_moments + shared.moments[track]++;
+      args.trace[2 * at] = globaltimer() << 16 | u64(layer & 255) << 8 | static_cast<u64>(moment);
+      args.trace[2 * at + 1] = u64(shared.waited[track][1]) << 32 | shared.waited[track][0];
+      shared.waited[track][0] = shared.waited[track][1] = 0;
     }
+  }
+
+  // Tests sleep at hand-offs, as the seed, the CTA, the warp and the place decide: no result may depend on it.
+  __device__ __forceinline__ void delay(u32 place) const {
+    if constexpr (config::delay_ns > 0) {
+      u32 h = args.delay_seed + (idx * 16 + warp) * 0x9e3779b9u + place * 0x85ebca6bu;
+      h = (h ^ h >> 16) * 0x7feb352du;
+      h = (h ^ h >> 15) * 0x846ca68bu;
+      h ^= h >> 16;
+      if (h % 4 == 0) __nanosleep(h / 4 % config::delay_ns);
+    }
+  }
+
+  // Tests lose the packets of one matrix and CTA.
+  __device__ __forceinline__ bool drops_packets(int matrix) const {
+    if constexpr (!config::faults) return false;
+    return args.drop_matrix == matrix + 1 && args.drop_cta == idx;
   }
 
   // At the kernel's end: the first wait of the grid that timed out goes to the host.
@@ -98,6 +140,27 @@ struct Cta {
     if (word < 256 || atomicCAS(args.watchdog, 0u, word >> 8) != 0) return;
     args.watchdog[1] = idx;
     args.watchdog[2] = word & 255;
+    args.watchdog[3] = shared.aborted_at;
     __threadfence_system();
   }
 };
+
+__device__ __forceinline__ Stopwatch::Stopwatch(const Cta& cta, WaitKind kind) {
+  if constexpr (config::trace) {
+    if (!cta.is_traced()) return;
+    sum = &cta.shared.waited[cta.is_producer()][kind == WaitKind::packet || kind == WaitKind::slot_landed];
+    start = globaltimer();
+  }
+}
+
+// Tests fill the shared memory with NaN: what is read has been written in this launch.
+__device__ __forceinline__ void poison_shared(const Cta& cta) {
+  if constexpr (config::poison) {
+    u32* fixed = reinterpret_cast<u32*>(&cta.shared);
+    u32* dynamic = reinterpret_cast<u32*>(cta.x);
+    const u32 dynamic_bytes = cta.args.x_bytes + cta.args.num_slots * config::slot_bytes;
+    for (u32 i = cta.thread; i < sizeof(Shared) / 4; i += blockDim.x) fixed[i] = ~0u;
+    for (u32 i = cta.thread; i < dynamic_bytes / 4; i += blockDim.x) dynamic[i] = ~0u;
+    __syncthreads();
+  }
+}

@@ -10,6 +10,7 @@
 // Everything that the steps read, in the order in which the consumers use it.
 template <class Sink>
 __device__ __forceinline__ void walk(const Cta& cta, Sink& sink, bool wait_for_past) {
+  sink.trace(Moment::first_fill, 0);
 #pragma unroll 1
   for (int step = 0; step < cta.args.num_steps; ++step) {
 #pragma unroll 1
@@ -22,8 +23,10 @@ __device__ __forceinline__ void walk(const Cta& cta, Sink& sink, bool wait_for_p
           fence_proxy_async();
         }
         stream_past(sink, layer, step);
+        sink.trace(Moment::past_fill, layer);
       }
       stream_tiles(sink, Shape(kind, cta.idx), cta.args.image + matrix_offset(kind, layer));
+      sink.trace(moment_of(Moment::qkv_fill, kind), layer);
     }
   }
 }
@@ -115,12 +118,13 @@ struct Consumer {
     // Not needed before the first tile's sums are: its way from L2 is hidden behind that tile.
     FetchRstd rstd(cta, exchange.squares + (kind == Kind::gate_up ? max_rows * hidden_tiles : 0), input.tag,
                    normed && !embedded);
-    cta.trace();
+    cta.trace(moment_of(Moment::qkv_input, kind), layer);
     const HiddenOutput hidden = hidden_output(kind, layer, shape.begin);
     const float* b = kind == Kind::qkv ? bias(config::qkv_bias, layer_table[layer].qkv_bias)
                      : kind == Kind::gate_up ? bias(config::mlp_bias, layer_table[layer].gate_up_bias)
                                              : nullptr;
     auto epilogue = [&](int tile, int row, int token, int i, float sum) {
+      if (cta.drops_packets(layer * kinds_a_layer + static_cast<int>(kind))) return;
       switch (kind) {
         case Kind::qkv: return qkv_output(b, tile, row, token, sum);
         case Kind::gate_up: return gate_up_output(b, tile, row, token, sum);
@@ -133,7 +137,7 @@ struct Consumer {
     } else {
       matvec_windows(cta, ring, shape, windows, input, buffer, epilogue);
     }
-    cta.trace();
+    cta.trace(moment_of(Moment::qkv, kind), layer);
   }
 
   // The host may ask to stop early and look at the buffers: everybody else runs on without waiting.
@@ -145,6 +149,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
+    cta.trace(Moment::start);
     if (cta.thread < cta.args.num_rows) cta.shared.token[cta.thread] = cta.args.tokens[cta.thread];
     cta.consumer_sync();
 #pragma unroll 1
@@ -152,13 +157,16 @@ struct Consumer {
       load_rotations(cta, step);
       const Shape owned(Kind::down, cta.idx);
       embed(cta, owned.begin, owned.end);
+      cta.trace(Moment::embed);
 #pragma unroll 1
       for (int matrix = 0; matrix < num_matrices; ++matrix) {
         const Kind kind = kind_of(matrix);
         const int layer = min(matrix / kinds_a_layer, config::num_layers - 1);
+        if (cta.thread == 0) *static_cast<volatile int*>(&cta.shared.matrix) = matrix;
+        cta.delay(matrix);
         if (kind == Kind::o_proj) {
           attention(cta, ring, exchange, layer, step, tag);
-          cta.trace();
+          cta.trace(Moment::attention, layer);
         }
         multiply(kind, layer);
         if (stop_here(matrix)) return;
@@ -166,9 +174,10 @@ struct Consumer {
       }
       publish_best(cta, exchange);
       grid_barrier(cta);
+      cta.trace(Moment::meet);
       if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
       pick_tokens(cta, exchange, step);
-      cta.trace();
+      cta.trace(Moment::sample);
     }
   }
 };

@@ -9,7 +9,7 @@ __device__ constexpr u32 x_row_stride(int cols) { return padded(cols) * 2 + 32; 
 constexpr int hidden_tiles = padded(config::hidden_size) / tile_rows;
 constexpr int head_dim_padded = padded(config::head_dim);
 
-// codegen/cuda_header.py computes the same sizes.
+// codegen/exchange.py computes the same places.
 struct Exchange {
   // In packets; filled with ones before the launch.
   u8* hidden_attention;  // [max_rows][hidden_size] 16 bit: input of qkv and lm_head

@@ -7,6 +7,7 @@
 
 __device__ __forceinline__ void grid_barrier(Cta& cta) {
   ++cta.barriers_passed;
+  cta.delay(cta.barriers_passed);
   cta.consumer_sync();
   if (cta.thread == 0) {
     red_release_gpu_add(cta.args.barrier, 1);

@@ -24,6 +24,7 @@ struct FetchRstd {
   }
   __device__ __forceinline__ void store(const Cta& cta) {
     if (end == 0) return;
+    const Stopwatch stopwatch(cta, WaitKind::packet);
     Patience patience;
     bool complete;
     do {

@@ -79,6 +79,7 @@ struct Fetch {
     }
   }
   __device__ __forceinline__ void store(const Cta& cta) {
+    const Stopwatch stopwatch(cta, WaitKind::packet);
     Patience patience;
     bool complete;
     do {
@@ -151,6 +152,7 @@ __device__ __forceinline__ void finish_tile(const Cta& cta, const float (&acc)[2
   }
   cta.consumer_sync();
   if (cta.warp != tile % num_consumer_warps) return;
+  cta.delay(tile);
 #pragma unroll 1
   for (int i = 0; 2 * i < num_rows; ++i) {
     const int t = lane / 16 + 2 * i;

@@ -26,6 +26,7 @@ __device__ __forceinline__ bool arrived(const Vec16& packet, u32 tag) {
 // Poll again until the packet is there.
 template <Payload payload>
 __device__ __forceinline__ void await_packet(const Cta& cta, Vec16& packet, const void* at, u32 tag) {
+  const Stopwatch stopwatch(cta, WaitKind::packet);
   Patience patience;
   while (!arrived<payload>(packet, tag)) {
     packet = ld_relaxed_gpu_b128(at);

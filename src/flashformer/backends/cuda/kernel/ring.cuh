@@ -42,6 +42,7 @@ struct RingWriter {
       *static_cast<volatile u32*>(&shared.stalled) = 0;
     }
     u8* slot = cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
+    cta.delay(filled);
     copy(slot, source, bytes, &shared.full[next.slot]);
     next.advance(cta.args.num_slots);
     ++in_flight;
@@ -62,6 +63,8 @@ struct RingWriter {
   }
 #endif
 
+  __device__ __forceinline__ void trace(Moment moment, int layer) const { cta.trace(moment, layer); }
+
   // Nothing may still be on its way into shared memory when the CTA ends.
   __device__ void drain() {
     for (; in_flight > 0; --in_flight) {
@@ -80,6 +83,7 @@ struct Prefetcher {
   u64 last = 0;   // when the last prefetch was issued
 
   __device__ explicit Prefetcher(const Cta& c) : cta(c) {}
+  __device__ __forceinline__ void trace(Moment, int) const {}
 
   __device__ void fill(const u8* source, u32 bytes) {
     const u32 at = index++;
@@ -121,6 +125,7 @@ struct RingReader {
 };
 
 __device__ __forceinline__ void ring_init(const Cta& cta) {
+  poison_shared(cta);
   if (cta.thread == 0) {
     for (int i = 0; i < cta.args.num_slots; ++i) {
       mbarrier_init(&cta.shared.full[i], config::arch >= 90 ? 1 : 32);
@@ -130,6 +135,11 @@ __device__ __forceinline__ void ring_init(const Cta& cta) {
     cta.shared.aborted = 0;
     cta.shared.stalled = 0;
     cta.shared.filled = 0;
+    cta.shared.matrix = 0;
+    for (int track = 0; track < 2; ++track) {
+      cta.shared.moments[track] = 0;
+      cta.shared.waited[track][0] = cta.shared.waited[track][1] = 0;
+    }
     fence_mbarrier_init();
   }
   __syncthreads();

@@ -10,6 +10,11 @@ __device__ constexpr int tiles_of(int rows) { return (rows + tile_rows - 1) / ti
 constexpr int kinds_a_layer = 4;
 constexpr int num_matrices = kinds_a_layer * config::num_layers + 1;
 
+// Moments of the timeline come in the order of the kinds.
+__device__ __forceinline__ Moment moment_of(Moment of_qkv, Kind kind) {
+  return static_cast<Moment>(static_cast<int>(of_qkv) + static_cast<int>(kind));
+}
+
 __device__ __forceinline__ Kind kind_of(int matrix) {
   return matrix == num_matrices - 1 ? Kind::lm_head : static_cast<Kind>(matrix % kinds_a_layer);
 }

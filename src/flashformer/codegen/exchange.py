@@ -1,0 +1,64 @@
+"""The buffers through which the CTAs of the CUDA kernel hand values to each other.
+
+kernel/exchange.cuh lays them out the same way; the tests read them back by these names.
+"""
+
+from dataclasses import dataclass
+
+from flashformer.model.spec import LayerSpec
+from flashformer.plan.plan import Plan
+from flashformer.quant.formats import TILE_ROWS
+
+ALIGNMENT = 256  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One of them: [rows][width] elements."""
+
+    name: str
+    rows: int
+    width: int
+    element_bytes: int  # 2: 16-bit floats as the weights are, 4: float32
+    packet_bytes: int  # that carry one tag; 0: no tags, ordered by barriers or counters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, with the padding behind."""
+        return -(-self.rows * self.width * self.element_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def exchange(plan: Plan) -> tuple[Buffer, ...]:
+    """All buffers in the order of their places: first those of packets."""
+    layer, rows = plan.spec.layers[0], plan.machine.max_rows
+    hidden = padded(plan.spec.hidden_size)
+    partials = rows * layer.num_kv_heads * max_chunks(plan, layer)
+    partials *= layer.num_q_heads // layer.num_kv_heads
+    return (
+        Buffer("hidden_attention", rows, hidden, 2, 16),
+        Buffer("hidden_mlp", rows, hidden, 2, 16),
+        Buffer("attention", rows, padded(layer.q_rows), 2, 16),
+        Buffer("mlp", rows, padded(layer.intermediate_size), 2, 16),
+        Buffer("qkv", rows, padded(layer.qkv_rows), 4, 16),
+        Buffer("squares", 2 * rows, hidden // TILE_ROWS, 4, 4),
+        Buffer("best_logit", rows, plan.machine.num_ctas, 4, 0),
+        Buffer("best_id", rows, plan.machine.num_ctas, 4, 0),
+        Buffer("partial_stats", partials, 2, 4, 0),
+        Buffer("partial", partials, padded(layer.head_dim), 4, 0),
+    )
+
+
+def exchange_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of the exchange's packets, and of all of it."""
+    buffers = exchange(plan)
+    return sum(b.nbytes for b in buffers if b.packet_bytes), sum(b.nbytes for b in buffers)
+
+
+def max_chunks(plan: Plan, layer: LayerSpec) -> int:
+    """The most chunks that attention cuts one (row, kv head) into (kernel/past.cuh, RowPast)."""
+    return -(-plan.machine.num_ctas // layer.num_kv_heads) + 1
+
+
+def padded(cols: int) -> int:
+    """Columns with the padding of the last 16-column block."""
+    return -(-cols // 16) * 16
