@@ -60,10 +60,11 @@ inline void score_page(const float* keys, const Query* query, int head_dim, int 
   constexpr int step = 2 * lanes;
   for (int place = first / step * step; place < end; place += step) {
     F32 acc[queries][2];
-    for (auto& a : acc) a[0] = a[1] = zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < queries; ++i) acc[i][0] = acc[i][1] = zero();
     const float* column = keys + place;
     for (int d = 0; d < head_dim; ++d, column += config::page_tokens) {
-      const F32 low = load(column), high = load(column + lanes);
+      const F32 low = kept(load(column)), high = kept(load(column + lanes));
 #pragma GCC unroll 8
       for (int i = 0; i < queries; ++i) {
         const F32 value = splat(query[i].q[d]);
@@ -71,6 +72,7 @@ inline void score_page(const float* keys, const Query* query, int head_dim, int 
         acc[i][1] = fma(high, value, acc[i][1]);
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < queries; ++i) {
       store(scratch.scores[i] + page_start + place, acc[i][0]);
       store(scratch.scores[i] + page_start + place + lanes, acc[i][1]);
@@ -94,7 +96,7 @@ inline void add_values(const float* values, int head_dim, int first, int end, in
     }
     for (int place = first; place < end; ++place) {
       const float* row = values + i64(place) * head_dim + d;
-      const F32 low = load(row), high = load(row + (wide ? lanes : 0));
+      const F32 low = kept(load(row)), high = kept(load(row + (wide ? lanes : 0)));
 #pragma GCC unroll 8
       for (int i = 0; i < queries; ++i) {
         const F32 weight = splat(scratch.scores[i][page_start + place]);
