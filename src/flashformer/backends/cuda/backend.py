@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,7 +18,7 @@ from flashformer.backends.cuda.machine import cuda_machine
 from flashformer.codegen.cache import load_image
 from flashformer.codegen.cuda_args import CudaStepArgs
 from flashformer.codegen.cuda_header import MATRICES, SLOT_BYTES, WINDOW_BYTES
-from flashformer.codegen.exchange import exchange_bytes, padded
+from flashformer.codegen.exchange import exchange, exchange_bytes, padded
 from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
 from flashformer.model.spec import ModelSpec
@@ -116,6 +117,11 @@ class CudaBackend:
     def num_pages(self) -> int:
         """KV pages that exist."""
         return self._num_pages
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Of the last launch's last step, on the GPU: float32 [max_rows, vocab_size]."""
+        return self._logits
 
     @property
     def kernel(self) -> Kernel:
@@ -235,6 +241,19 @@ class CudaBackend:
         self._check_watchdog()
         kernel.close()
         return float(np.median(samples[1:]))
+
+    def exchange_buffer(self, name: str) -> npt.NDArray[Any]:
+        """What the last launch left in a buffer of `codegen.exchange`: [rows, width]."""
+        at = 0
+        for buffer in exchange(self._plan):
+            if buffer.name == name:
+                break
+            at += buffer.nbytes
+        size = buffer.rows * buffer.width * buffer.element_bytes
+        found = self._exchange[at : at + size].cpu().numpy()
+        half = np.float16 if self._plan.options.format == "f16" else ml_dtypes.bfloat16
+        dtype = np.float32 if buffer.element_bytes == 4 else half
+        return found.view(dtype).reshape(buffer.rows, buffer.width)
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""

@@ -1,0 +1,145 @@
+"""Every stage of the CUDA kernel alone, against float64, for shapes that divide by nothing.
+
+The kernel is stopped after each matrix in turn and its exchange is read (`stop_after`).
+"""
+
+import numpy as np
+import pytest
+
+from flashformer.backends.base import StepBatch
+from flashformer.model.spec import RopeSpec
+from flashformer.plan.plan import PlanOptions, make_plan
+from specs import SpecWeights, layer_spec, model_spec, packed
+from stage_oracle import StageOracle
+
+pytestmark = pytest.mark.gpu
+
+CONTEXT = 160
+SLOTS = 3
+
+
+def attention(heads, kv_heads, head_dim, **changes):
+    rope = RopeSpec("default", 10000.0, changes.pop("rotary_dim", head_dim), CONTEXT)
+    fields = {"num_q_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    layer = {**fields, "attention_scale": head_dim**-0.5, **changes}
+    return layer, rope
+
+
+# name -> (attention, hidden_size, intermediate_size, vocab_size, format)
+SHAPES = {
+    "head 64, groups of 4": (attention(8, 2, 64), 520, 1111, 1003, "bf16"),
+    "head 80, biases": (
+        attention(6, 2, 80, qkv_bias=True, o_bias=True, mlp_bias=True), 333, 701, 517, "bf16",
+    ),
+    "head 96, part rotated, window": (
+        attention(5, 5, 96, rotary_dim=72, window=37), 1001, 450, 777, "bf16",
+    ),
+    "head 128, QK-norm, groups of 7": (
+        attention(14, 2, 128, qk_norm=True), 899, 2739, 1501, "bf16",
+    ),
+    "head 256, groups of 16": (attention(16, 1, 256), 257, 600, 300, "bf16"),
+    "head 24, odd everything": (attention(3, 3, 24), 77, 91, 101, "bf16"),
+    "fp16, head 64, window": (attention(9, 3, 64, window=70), 577, 999, 1009, "f16"),
+}  # fmt: skip
+
+
+class Watched:
+    """A backend, and the oracle that looks at every stage of every step."""
+
+    def __init__(self, name):
+        from flashformer.backends.cuda import CudaBackend, cuda_machine
+
+        (layer, rope), hidden, inner, vocab, weight_format = SHAPES[name]
+        layers = tuple(layer_spec(**layer, intermediate_size=inner) for _ in range(2))
+        spec = model_spec(layers, hidden_size=hidden, vocab_size=vocab, ropes=(rope,),
+                          max_position_embeddings=CONTEXT)  # fmt: skip
+        options = PlanOptions(weight_format, weight_format, CONTEXT, SLOTS)
+        plan = make_plan(spec, cuda_machine(spec), options)
+        image = packed(plan, SpecWeights(spec, seed=7))
+        pages = -(-CONTEXT // plan.machine.page_tokens)
+        self.table = np.arange(SLOTS * pages, dtype=np.int32)[::-1].reshape(SLOTS, pages)
+        self.backend = CudaBackend(plan, image, SLOTS * pages)
+        self.oracle = StageOracle(plan, image)
+        self.plan = plan
+
+    def buffer(self, name, rows, cols, part=0):
+        found = self.backend.exchange_buffer(name).astype(np.float64)
+        return found[part * self.plan.machine.max_rows :][:rows, :cols]
+
+    def step(self, tokens, positions, slots):
+        """Check every stage of a step, then run it to its end; returns the names of the stages."""
+        spec, oracle, n = self.plan.spec, self.oracle, len(tokens)
+        arrays = [np.asarray(a, np.int32) for a in (tokens, positions, slots)]
+        x, rstd = oracle.embed(tokens)
+        tiles = -(-spec.hidden_size // 16)
+        checked = []
+
+        def stop(matrix):
+            self.backend.decode(*arrays, self.table, 1, stop_after=matrix)
+
+        def check(name, layer, expected, found):
+            off = np.abs(found - expected.exact) - expected.bound
+            assert off.max() <= 0, f"{name} of layer {layer}: {off.max()} beyond the bound"
+            checked.append(name)
+
+        for layer, record in enumerate(spec.layers):
+            stop(4 * layer + 1)
+            qkv = self.buffer("qkv", n, record.qkv_rows)
+            expected = oracle.normed("qkv", layer, x, rstd)
+            expected = type(expected)(
+                *(a[:, : record.qkv_rows] for a in (expected.exact, expected.bound))
+            )
+            check("qkv", layer, expected, qkv)
+
+            stop(4 * layer + 2)
+            attended = self.buffer("attention", n, record.q_rows)
+            check("attention", layer, oracle.attention(layer, qkv, positions, slots), attended)
+            sent, squares = oracle.add("o_proj", layer, attended)
+            x, found = (
+                self.buffer("hidden_mlp", n, spec.hidden_size),
+                self.buffer("squares", n, tiles, 1),
+            )
+            check("o_proj", layer, sent, x)
+            check("squares of o_proj", layer, squares, found)
+
+            stop(4 * layer + 3)
+            mlp = self.buffer("mlp", n, record.intermediate_size)
+            check("gate_up", layer, oracle.gate_up(layer, x, oracle.rstd(found)), mlp)
+
+            stop(4 * layer + 4)
+            sent, squares = oracle.add("down", layer, mlp)
+            x, found = (
+                self.buffer("hidden_attention", n, spec.hidden_size),
+                self.buffer("squares", n, tiles),
+            )
+            check("down", layer, sent, x)
+            check("squares of down", layer, squares, found)
+            rstd = oracle.rstd(found)
+
+        result = self.backend.step(StepBatch(*arrays, self.table, np.arange(n, dtype=np.int32)))
+        expected = oracle.normed("lm_head", -1, x, rstd)
+        expected = type(expected)(
+            *(a[:, : spec.vocab_size] for a in (expected.exact, expected.bound))
+        )
+        check("lm_head", -1, expected, result.logits)
+        assert np.array_equal(result.argmax, result.logits.argmax(1))
+        return checked
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_stage_is_within_the_bound_of_its_arithmetic(name):
+    watched = Watched(name)
+    rng = np.random.default_rng(3)
+
+    def ids(count):
+        return rng.integers(0, watched.plan.spec.vocab_size, count)
+
+    # A prompt over two pages in chunks of eight, another of five tokens, then all in one batch.
+    for first in range(0, 72, 8):
+        checked = watched.step(ids(8), list(range(first, first + 8)), [0] * 8)
+    watched.step(ids(5), list(range(5)), [1] * 5)
+    watched.step(ids(3), [72, 5, 0], [0, 1, 2])
+    watched.step(ids(6), [73, 6, 7, 8, 9, 1], [0, 1, 1, 1, 1, 2])
+    watched.backend.close()
+
+    assert len(checked) == 7 * watched.plan.spec.num_layers + 1
