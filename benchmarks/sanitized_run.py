@@ -1,0 +1,81 @@
+"""What the sanitizers watch: two layers, the persistent kernel included, in a few small steps.
+
+python benchmarks/sanitized_run.py -> one line, the sha256 of all tokens and logits
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flashformer.backends.base import StepBatch
+from flashformer.backends.cuda import CudaBackend, cuda_machine
+from flashformer.model.spec import ModelSpec
+from flashformer.model.weights import RandomWeights
+from flashformer.plan.pack import pack
+from flashformer.plan.plan import Plan, PlanOptions, make_plan
+
+CONTEXT = 128
+BATCHES = (1, 2, 8)
+STEPS = 3
+PROMPT = 20
+WAIT_LIMIT_NS = 300_000_000_000  # a watched kernel is a hundred times slower
+SHAPE = {
+    "hidden_size": 328,
+    "intermediate_size": 712,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 519,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": CONTEXT,
+    "hidden_act": "silu",
+}
+# QK-norm in bf16; biases and a tied head; a window in fp16
+MODELS = {
+    "qwen3": ({"tie_word_embeddings": False}, "bf16"),
+    "qwen2": ({"tie_word_embeddings": True}, "bf16"),
+    "mistral": ({"tie_word_embeddings": False, "sliding_window": 17}, "f16"),
+}
+
+
+def main() -> None:
+    """Run all models and batches."""
+    digest = hashlib.sha256()
+    for model_type, (changes, weight_format) in MODELS.items():
+        spec = ModelSpec.from_hf({"model_type": model_type, **SHAPE, **changes})
+        options = PlanOptions(weight_format, weight_format, CONTEXT, max(BATCHES))
+        plan = make_plan(spec, cuda_machine(spec), options)
+        image = np.zeros(plan.image_bytes, np.uint8)
+        pack(plan, RandomWeights(spec), image)
+        for found in results(plan, image):
+            digest.update(found.tobytes())
+    sys.stdout.write(digest.hexdigest() + "\n")
+
+
+def results(plan: Plan, image: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[Any]]:
+    """Logits of a prompt in each slot, then tokens of every batch."""
+    pages = -(-CONTEXT // plan.machine.page_tokens)
+    table = np.arange(max(BATCHES) * pages, dtype=np.int32).reshape(max(BATCHES), pages)
+    backend = CudaBackend(plan, image, table.size)
+    backend.wait_limit_ns = WAIT_LIMIT_NS
+    ids = np.random.default_rng(0).integers(0, plan.spec.vocab_size, PROMPT).astype(np.int32)
+    positions = np.arange(PROMPT, dtype=np.int32)
+    for slot in range(max(BATCHES)):
+        slots = np.full(PROMPT, slot, np.int32)
+        last = np.array([PROMPT - 1], np.int32)
+        yield backend.step(StepBatch(ids, positions, slots, table, last)).logits
+    for batch in BATCHES:
+        rows = np.arange(batch, dtype=np.int32)
+        start = np.full(batch, PROMPT, np.int32)
+        yield backend.decode(ids[:batch].copy(), start, rows, table, STEPS)
+    backend.close()
+
+
+if __name__ == "__main__":
+    main()
