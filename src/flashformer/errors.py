@@ -21,6 +21,10 @@ class ParameterError(UsageError):
         self.parameter = parameter
 
 
+class ContextLengthError(UsageError):
+    """A prompt, with what is wanted of it, does not fit into the context or its KV pages."""
+
+
 class UnsupportedModelError(FlashFormerError):
     """The checkpoint or the machine needs a feature that FlashFormer does not have."""
 

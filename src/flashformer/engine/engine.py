@@ -19,7 +19,7 @@ from flashformer.engine.sampler import Draw, sample
 from flashformer.engine.sampling import SamplingParams, check_vocabulary
 from flashformer.engine.sequence import Delta, Logprobs, Request, Sequence
 from flashformer.engine.tokenizer import Tokenizer
-from flashformer.errors import ParameterError, UsageError
+from flashformer.errors import ContextLengthError, ParameterError, UsageError
 
 Float32 = npt.NDArray[np.float32]
 
@@ -62,7 +62,9 @@ class Engine:
         self._backend = backend
         self._spec = plan.spec
         self._tokenizer = tokenizer
-        self._eos = frozenset(plan.spec.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self.eos_token_ids = frozenset(
+            plan.spec.eos_token_ids if eos_token_ids is None else eos_token_ids
+        )
         self._seed = seed
         self._reuse = prefix_reuse
         self._num_requests = 0
@@ -97,14 +99,14 @@ class Engine:
     def check(self, prompt_token_ids: Items[int], params: SamplingParams) -> tuple[int, ...]:
         """The prompt as it will be used (an empty one becomes the bos token), or a `UsageError`."""
         prompt = self.check_prompt(prompt_token_ids)
-        check_vocabulary(params, self._spec.vocab_size, self._eos)
+        check_vocabulary(params, self._spec.vocab_size, self.eos_token_ids)
         if params.stop and self._tokenizer is None:
             raise ParameterError(
                 "stop", "needs a tokenizer, and the checkpoint has none; use stop_token_ids"
             )
         room = self.context - len(prompt)
         if room < 1:
-            raise UsageError(
+            raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, but the context holds {self.context} and "
                 "must keep room for at least one new token; shorten the prompt or load the model "
                 "with a larger context."
@@ -117,7 +119,7 @@ class Engine:
             )
         most = len(prompt) + min(room, params.max_tokens or room) - 1
         if self.kv_cache.pages_for(most) > self.kv_cache.num_pages:
-            raise UsageError(
+            raise ContextLengthError(
                 f"{most} positions need {self.kv_cache.pages_for(most)} KV pages, but there are "
                 f"{self.kv_cache.num_pages}; shorten the prompt or lower max_tokens."
             )
@@ -162,7 +164,7 @@ class Engine:
         prompt = self.check(prompt_token_ids, params)
         number = self._num_requests
         room = self.context - len(prompt)
-        eos_ids = frozenset() if params.ignore_eos else self._eos
+        eos_ids = frozenset() if params.ignore_eos else self.eos_token_ids
         request = Request(
             number=number,
             prompt_token_ids=prompt,

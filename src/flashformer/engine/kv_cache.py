@@ -55,6 +55,16 @@ class KvCache:
         return len(self._free) + len(self._idle) - reserved
 
     @property
+    def num_used(self) -> int:
+        """Pages that open slots hold."""
+        return self.num_pages - len(self._free) - len(self._idle)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that nobody uses and whose content can still be found."""
+        return len(self._idle)
+
+    @property
     def num_free_slots(self) -> int:
         """Rows of the page table that no sequence holds."""
         return len(self.page_table) - len(self._slots)

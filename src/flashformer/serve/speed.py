@@ -71,7 +71,7 @@ def measure_speed(answer: Answer, llm: LLM, load_s: float) -> Speed | None:
     bytes_per_token = llm.plan.bytes_per_step(mean_context)
     rate = metrics.decode_tok_s or None
     gb_s = bytes_per_token * rate / 1e9 if rate else None
-    read_gb_s = _read_bandwidth(llm.backend)
+    read_gb_s = read_bandwidth(llm.backend)
     return Speed(
         load_s=load_s,
         prompt_tokens=usage.prompt_tokens,
@@ -88,7 +88,7 @@ def measure_speed(answer: Answer, llm: LLM, load_s: float) -> Speed | None:
     )
 
 
-def _read_bandwidth(backend: Backend) -> float | None:
+def read_bandwidth(backend: Backend) -> float | None:
     """GB/s of plain reads of the model's own image; None if it may fit into a cache."""
     if backend.plan.image_bytes < BEYOND_CACHES_BYTES or not isinstance(backend, ReadsMemory):
         return None

@@ -49,7 +49,8 @@ class GenerateEvent:
     cached_tokens: int = 0  # of the prompt; the same in every event of a prompt
     # With the first event of sequence 0 if params.prompt_logprobs is set; the first entry is None.
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
-    error: str | None = None  # one sentence, with finish_reason "error" or "abort"
+    error: str | None = None  # one sentence, with finish_reason "error"
+    client_fault: bool = False  # the request itself made the error unavoidable
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,6 @@ class ModelInfo:
     bos_token_id: int | None = None
     has_tokenizer: bool = True
     has_chat_template: bool = False
-    is_noise: bool = False  # the weights are random
 
 
 class ServerError(FlashFormerError):
@@ -92,5 +92,12 @@ class ServerError(FlashFormerError):
         self.retry_after = retry_after  # seconds
 
 
-class ContextLengthError(UsageError):
-    """The prompt does not fit into the context."""
+class RejectedError(UsageError):
+    """A request that can never run; `parameter` is what is wrong with it, where that is known."""
+
+    def __init__(
+        self, sentence: str, parameter: str | None = None, code: str = "invalid_value"
+    ) -> None:
+        super().__init__(sentence)
+        self.parameter = parameter
+        self.code = code

@@ -1,0 +1,110 @@
+"""How a route and the protocol modules fit together; the protocol modules do no input or output.
+
+body -> `Endpoint.parse` -> `ParsedRequest` -> prompts as token ids -> events -> `Responder` -> text
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flashformer.engine.sampling import SamplingParams
+from flashformer.serve.server.messages import GenerateEvent, Grammar, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation, to be put into the checkpoint's chat template."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """A text, to be tokenised."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+Prompt = ChatPrompt | TextPrompt | tuple[int, ...]  # a tuple holds token ids
+
+
+class RequestError(Exception):
+    """What a client got wrong; the route turns it into the body that its API has for errors."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message  # one sentence
+        self.param = param
+        self.code = code
+
+
+class Responder(Protocol):
+    """Turns the events of one request into what its client hears.
+
+    Texts of a stream are complete server-sent events: "data: {...}\\n\\n", with "event: name\\n"
+    before it where the API names its events.
+    """
+
+    def begin(self) -> list[str]:
+        """What a stream starts with, sent when the first events are there."""
+        ...
+
+    def add(self, event: GenerateEvent) -> list[str]:
+        """Take an event, in order; what a stream says about it (ignored without a stream)."""
+        ...
+
+    def end(self) -> list[str]:
+        """What a stream ends with, after the last event of every sequence."""
+        ...
+
+    def fail(self, error: RequestError) -> list[str]:
+        """What a stream ends with when the server must break it off."""
+        ...
+
+    def body(self) -> Mapping[str, Any]:
+        """The JSON body without a stream, after the last event of every sequence."""
+        ...
+
+
+class ParsedRequest(Protocol):
+    """A checked request of any endpoint."""
+
+    @property
+    def stream(self) -> bool:
+        """Whether the answer is a stream of server-sent events."""
+        ...
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """What to continue; every prompt becomes one engine request of `params.n` sequences."""
+        ...
+
+    @property
+    def params(self) -> SamplingParams:
+        """How tokens are chosen, with the model's defaults where the client named nothing."""
+        ...
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the text must look like."""
+        ...
+
+    def responder(self, request_id: str, prompts: Sequence[Sequence[int]]) -> Responder:
+        """Who answers, now that the prompts' token ids are known (for usage and echo)."""
+        ...
+
+
+class Endpoint(Protocol):
+    """A module of `serve/protocol`: chat, completions, responses, messages."""
+
+    def parse(self, body: bytes, info: ModelInfo) -> ParsedRequest:
+        """Check a body; raises `RequestError` with the field that is wrong."""
+        ...
