@@ -49,8 +49,8 @@ class RequestError(Exception):
 class Responder(Protocol):
     """Turns the events of one request into what its client hears.
 
-    Texts of a stream are complete server-sent events: "data: {...}\\n\\n", with "event: name\\n"
-    before it where the API names its events.
+    Texts of a stream are complete server-sent events: a line `data: {...}` and an empty line, with
+    a line `event: name` before them where the API names its events.
     """
 
     def begin(self) -> list[str]:
