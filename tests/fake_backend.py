@@ -49,7 +49,9 @@ def tiny_spec(vocab_size=64, max_positions=4096, eos=(1,), bos=0):
     )
 
 
-def fake_plan(spec=None, *, context=64, max_batch=8, max_rows=16, page_tokens=PAGE_TOKENS) -> Plan:
+def fake_plan(
+    spec=None, *, context=64, max_batch=8, max_rows=16, page_tokens=PAGE_TOKENS, prompt_rows=0
+) -> Plan:
     machine = Machine(
         kind="reference",
         name="fake",
@@ -59,6 +61,7 @@ def fake_plan(spec=None, *, context=64, max_batch=8, max_rows=16, page_tokens=PA
         page_tokens=page_tokens,
         kv_format="f32",
         max_rows=max_rows,
+        prompt_rows=prompt_rows,
     )
     options = PlanOptions(format="f32", head_format="f32", context=context, max_batch=max_batch)
     return make_plan(spec or tiny_spec(), machine, options)
@@ -150,7 +153,7 @@ class FakeBackend:
     def _check(self, batch):
         plan = self.plan
         rows = len(batch.token_ids)
-        assert 1 <= rows <= plan.machine.max_rows
+        assert 1 <= rows <= plan.machine.max_rows + plan.machine.prompt_rows
         assert rows == len(batch.positions) == len(batch.slots)
         for array in (batch.token_ids, batch.positions, batch.slots, batch.logit_rows):
             assert array.dtype == np.int32
@@ -164,6 +167,10 @@ class FakeBackend:
             own = batch.positions[batch.slots == slot]
             assert (np.diff(own) == 1).all(), "rows of a sequence are not in order of position"
             long_parts += len(own) > 1
+            if plan.machine.prompt_rows:
+                assert len({p // plan.machine.prompt_rows for p in own}) == 1, (
+                    "a chunk goes too far"
+                )
         assert long_parts <= 1, "two prompt chunks in one step"
 
 

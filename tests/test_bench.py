@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from command_line import CommandLine
+from fake_backend import FakeBackend, fake_plan
 from flashformer.backends import open_backend
 from flashformer.backends.base import StepResult
 from flashformer.errors import UsageError
@@ -192,6 +193,20 @@ def test_a_prompt_of_several_chunks_is_several_steps(backend):
     row = make_row(case, backend.plan, Measured([1.0], {case: [0.3]}))
     assert row.ms_per_step == pytest.approx(150.0)
     assert row.tok_s == pytest.approx((chunk + 6) / 0.3)
+
+
+def test_chunks_of_a_prompt_end_at_multiples_of_its_rows():
+    backend = FakeBackend(fake_plan(context=64, prompt_rows=16))
+    case = Case("pp", 30, 10, 1)  # 6, 16 and 8 rows
+
+    assert make_row(case, backend.plan, Measured([1.0], {case: [0.3]})).ms_per_step == (
+        pytest.approx(100.0)
+    )
+    Steps.of(backend).prompt(0, 0, np.zeros(10, np.int32), want_logits=False)
+    result = Steps.of(backend).prompt(0, 10, np.zeros(30, np.int32))
+
+    assert [len(rows) for rows in backend.batches] == [10, 6, 16, 8]
+    assert len(result.logits) == 1
 
 
 def test_lists_of_numbers_are_read_or_refused():

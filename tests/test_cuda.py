@@ -39,12 +39,17 @@ def table_of(backend, context=LENGTH):
     return np.random.default_rng(0).permutation(BATCH * pages).reshape(BATCH, pages).astype("i4")
 
 
-def forward(backend, ids, slot=3):
-    """Logits of every position, eight a launch."""
-    rows = np.arange(len(ids), dtype=np.int32)
-    slots = np.full(len(ids), slot, np.int32)
-    batch = StepBatch(np.asarray(ids, np.int32), rows, slots, table_of(backend), rows)
-    return backend.step(batch).logits
+def forward(backend, ids, slot=3, first=0, rows=BATCH):
+    """Logits of every position from `first` on, `rows` of them a step: at most 8 use the kernel."""
+    logits = []
+    for start in range(0, len(ids), rows):
+        part = np.asarray(ids[start : start + rows], np.int32)
+        wanted = np.arange(len(part), dtype=np.int32)
+        slots = np.full(len(part), slot, np.int32)
+        positions = wanted + np.int32(first + start)
+        batch = StepBatch(part, positions, slots, table_of(backend), wanted)
+        logits.append(backend.step(batch).logits)
+    return np.concatenate(logits)
 
 
 def decode_rows(backend, tokens, positions, slots):

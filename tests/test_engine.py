@@ -37,6 +37,22 @@ def test_a_prompt_read_in_chunks_of_any_size_gives_the_same_tokens(max_rows):
     assert tokens_of(run(engine), request) == expected_tokens(prompt, GREEDY, 0, 8)
 
 
+def test_a_prompt_with_rows_of_its_own_has_the_same_chunks_beside_neighbours():
+    prompt = [random.Random(1).randrange(64) for _ in range(41)]
+    chunks = []
+    for neighbours in (0, 5):
+        backend = FakeBackend(fake_plan(max_rows=8, prompt_rows=16))
+        engine = Engine(backend)
+        for first in range(neighbours):
+            engine.add([first], GREEDY)
+            engine.step()
+        request = engine.add(prompt, SamplingParams(temperature=0, max_tokens=2))
+        assert len(tokens_of(run(engine), request)) == 2
+        own = [[p for slot, p in rows if slot == neighbours] for rows in backend.batches]
+        chunks.append([(part[0], len(part)) for part in own if part])
+    assert chunks[0] == chunks[1] == [(0, 16), (16, 16), (32, 9), (41, 1)]
+
+
 def test_many_random_requests_each_get_their_own_tokens():
     rng = random.Random(5)
     engine = Engine(FakeBackend(), seed=11)

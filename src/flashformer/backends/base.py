@@ -1,4 +1,8 @@
-"""What every backend offers the engine: a step, up to `max_rows` rows through the whole model."""
+"""What every backend offers the engine: a step, some rows through the whole model.
+
+A step has up to `machine.max_rows` rows; where `machine.prompt_rows` is not 0, a prompt may have
+that many beside them.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable

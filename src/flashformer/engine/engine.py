@@ -71,7 +71,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order in which they started
         self.context = plan.options.context
-        self.max_rows = plan.machine.max_rows
+        self._machine = plan.machine
         self.kv_cache = KvCache(
             backend.num_pages, plan.machine.page_tokens, plan.options.max_batch, self.context
         )
@@ -234,8 +234,10 @@ class Engine:
         slot, _ = opened
         try:
             rows = np.empty((len(ids), self._spec.vocab_size), np.float32)
-            for start in range(0, len(ids), self.max_rows):
-                chunk = np.arange(start, min(len(ids), start + self.max_rows))
+            start = 0
+            while start < len(ids):
+                chunk = np.arange(start, min(len(ids), start + self._machine.chunk_rows(start)))
+                start += len(chunk)
                 self.kv_cache.extend(slot, int(chunk[-1]) + 1)
                 rows[chunk] = self._backend.step(
                     StepBatch(
@@ -264,13 +266,15 @@ class Engine:
 
     def _parts(self) -> list[_Part]:
         parts = []
-        room = self.max_rows - sum(not sequence.in_prompt for sequence in self._running)
+        decoding = sum(not sequence.in_prompt for sequence in self._running)
         for sequence in self._running:
             if not sequence.in_prompt:
                 parts.append(_Part(sequence, 1, 0))
                 continue
             pending = len(sequence.token_ids) - sequence.num_computed
-            num_rows = min(pending, room)
+            num_rows = min(
+                pending, self._machine.chunk_rows(sequence.num_computed, others=decoding)
+            )
             wants_all = self._wants_prompt_logprobs(sequence)
             last = num_rows - 1 if num_rows == pending else num_rows
             parts.append(_Part(sequence, num_rows, 0 if wants_all else last))

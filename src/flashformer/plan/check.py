@@ -42,6 +42,10 @@ def _check_machine(plan: Plan) -> None:
         value = getattr(machine, name)
         _require(value >= 1, f"the machine has {name} = {value}; it must be at least 1")
     _require(
+        machine.prompt_rows >= 0,
+        f"the machine has prompt_rows = {machine.prompt_rows}; it must be at least 0",
+    )
+    _require(
         0 <= machine.rank < machine.world,
         f"rank {machine.rank} is not one of the {machine.world} GPUs of the machine",
     )

@@ -15,6 +15,17 @@ class Machine:
     page_tokens: int  # tokens of a KV page
     kv_format: str  # f32 | f16 | bf16: how keys and values are stored
     max_rows: int  # rows (tokens) of one step
+    prompt_rows: int = 0  # rows of one prompt beside the others of a step; 0: they share max_rows
     shared_bytes: int = 0  # shared memory a CTA (cuda)
     world: int = 1  # GPUs that share the model
     rank: int = 0  # which of them this is
+
+    def chunk_rows(self, start: int, others: int = 0) -> int:
+        """Most rows of a step for a prompt that goes on at position `start`, beside `others` rows.
+
+        Where prompts have rows of their own, chunks end at multiples of `prompt_rows`: a prompt's
+        chunks are the same whatever runs beside it.
+        """
+        if self.prompt_rows:
+            return self.prompt_rows - start % self.prompt_rows
+        return self.max_rows - others

@@ -15,6 +15,7 @@ from flashformer.backends.base import Int32, StepBatch, StepResult
 from flashformer.backends.cuda.compile import compile_kernel
 from flashformer.backends.cuda.launch import Kernel, check
 from flashformer.backends.cuda.machine import cuda_machine
+from flashformer.backends.cuda.prefill import Prefill, workspace_bytes
 from flashformer.codegen.cache import load_image
 from flashformer.codegen.cuda_args import CudaStepArgs
 from flashformer.codegen.cuda_header import MATRICES, SLOT_BYTES, WINDOW_BYTES
@@ -107,6 +108,7 @@ class CudaBackend:
         self.trace = self._zeros(moments, torch.int64)
         self._page_table = torch.zeros(0, dtype=torch.int32, device=self._device)
         self._known_pages: Int32 | None = None
+        self._prefill = Prefill(plan, self._image, self._kv)
 
     @property
     def plan(self) -> Plan:
@@ -129,26 +131,48 @@ class CudaBackend:
         return self._kernel
 
     def step(self, batch: StepBatch) -> StepResult:
-        """Run the rows through the model, `max_rows` of them a launch."""
+        """Run the rows through the model: `max_rows` a launch, longer prompts through `Prefill`."""
         most = self._plan.machine.max_rows
-        logits = np.empty((len(batch.logit_rows), self._plan.spec.vocab_size), np.float32)
-        argmax = np.empty(len(batch.logit_rows), np.int32)
-        for first in range(0, len(batch.token_ids), most):
-            rows = slice(first, first + most)
-            tokens = self.decode(
-                batch.token_ids[rows],
-                batch.positions[rows],
-                batch.slots[rows],
-                batch.page_table,
-                num_steps=1,
-            )
-            here = (batch.logit_rows >= first) & (batch.logit_rows < first + most)
-            wanted = batch.logit_rows[here] - first
-            if len(wanted):
-                picked = torch.as_tensor(wanted, device=self._device)
-                logits[here] = self._logits[picked].cpu().numpy()
-                argmax[here] = tokens[0, wanted]
-        return StepResult(logits, argmax)
+        wanted = len(batch.logit_rows)
+        logits = np.empty((wanted, self._plan.spec.vocab_size), np.float32)
+        result = StepResult(logits, np.empty(wanted, np.int32))
+        starts = np.flatnonzero(np.diff(batch.slots, prepend=-1))
+        runs = np.split(np.arange(len(batch.slots)), starts[1:])  # rows of one sequence each
+        for rows in runs:
+            if len(rows) > most:
+                self._run_prompt(batch, rows, result)
+        few = np.concatenate([rows for rows in runs if len(rows) <= most] or [starts[:0]])
+        for first in range(0, len(few), most):
+            self._run_rows(batch, few[first : first + most], result)
+        return result
+
+    def _run_prompt(self, batch: StepBatch, rows: npt.NDArray[np.intp], result: StepResult) -> None:
+        self._upload(batch.page_table)
+        here = np.isin(batch.logit_rows, rows)
+        logits = self._prefill.prompt(
+            batch.token_ids[rows],
+            int(batch.positions[rows[0]]),
+            self._page_table[int(batch.slots[rows[0]])].long(),
+            batch.logit_rows[here] - rows[0].astype(np.int32),
+        )
+        best = logits.argmax(axis=1)  # the first of equals, or the first NaN
+        result.logits[here] = logits
+        result.argmax[here] = np.where(np.isnan(logits[np.arange(len(best)), best]), -1, best)
+
+    def _run_rows(self, batch: StepBatch, rows: npt.NDArray[np.intp], result: StepResult) -> None:
+        tokens = self.decode(
+            batch.token_ids[rows],
+            batch.positions[rows],
+            batch.slots[rows],
+            batch.page_table,
+            num_steps=1,
+        )
+        here = np.isin(batch.logit_rows, rows)
+        if here.any():
+            wanted = np.searchsorted(rows, batch.logit_rows[here])
+            picked = torch.as_tensor(wanted, device=self._device)
+            result.logits[here] = self._logits[picked].cpu().numpy()
+            result.argmax[here] = tokens[0, wanted]
 
     def decode(
         self,
@@ -258,7 +282,7 @@ class CudaBackend:
     def close(self) -> None:
         """Free everything; a second call does nothing."""
         self._kernel.close()
-        for name in ("_image", "_kv", "_exchange", "_logits"):
+        for name in ("_image", "_kv", "_exchange", "_logits", "_prefill"):
             setattr(self, name, torch.zeros(0))
         torch.cuda.empty_cache()
 
@@ -334,11 +358,13 @@ def _require_memory(plan: Plan, num_pages: int) -> None:
     check(driver.cuInit(0))
     free, _ = torch.cuda.mem_get_info(0)
     kv = num_pages * plan.machine.page_tokens * _kv_bytes_per_token(plan)
-    need = plan.image_bytes + kv + exchange_bytes(plan)[1]
+    prompts = workspace_bytes(plan)
+    need = plan.image_bytes + kv + exchange_bytes(plan)[1] + prompts
     if need > free:
         raise OutOfMemoryError(
             f"the model needs {need / 2**30:.2f} GiB of GPU memory ({plan.image_bytes / 2**30:.2f} "
             f"GiB of weights, {kv / 2**30:.2f} GiB of keys and values for {plan.options.max_batch} "
-            f"sequences of {plan.options.context} tokens), {free / 2**30:.2f} GiB are free; use a "
-            "shorter context or a smaller batch"
+            f"sequences of {plan.options.context} tokens, {prompts / 2**30:.2f} GiB for "
+            f"reading prompts), {free / 2**30:.2f} GiB are free; use a shorter context or a "
+            "smaller batch"
         )

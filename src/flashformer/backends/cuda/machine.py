@@ -9,6 +9,7 @@ from flashformer.model.spec import ModelSpec
 from flashformer.plan.machine import Machine
 from flashformer.quant.formats import TILE_ROWS
 
+PROMPT_ROWS = 2048  # of a prompt at once: they fill the tensor cores; 60 ms of an 8B model
 MAX_ROWS = 8  # tokens of one step: the columns of the tensor cores' second operand
 SLOT_BYTES = 16384  # one bulk copy; smaller ones cannot keep the memory busy from one thread
 PAGE_TOKENS = 64
@@ -71,6 +72,7 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
         page_tokens=min(PAGE_TOKENS, SLOT_BYTES // head_bytes // 16 * 16),
         kv_format="bf16",
         max_rows=MAX_ROWS,
+        prompt_rows=PROMPT_ROWS,
         shared_bytes=device.shared_bytes,
     )
 

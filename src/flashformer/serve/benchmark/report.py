@@ -58,8 +58,11 @@ def make_row(case: Case, plan: Plan, measured: Measured) -> Row:
 def _steps(case: Case, plan: Plan) -> tuple[int, int]:
     """How many steps a case takes, and the bytes of the mean one."""
     if case.kind == "pp":
-        chunk = plan.machine.max_rows
-        ends = [min(end, case.tokens) for end in range(chunk, case.tokens + chunk, chunk)]
+        ends = [0]
+        while ends[-1] < case.tokens:
+            chunk = plan.machine.chunk_rows(case.depth + ends[-1])
+            ends.append(min(case.tokens, ends[-1] + chunk))
+        ends = ends[1:]
     else:
         ends = list(range(1, case.tokens + 1))
     total = sum(plan.bytes_per_step(case.depth + end, case.batch) for end in ends)

@@ -49,15 +49,16 @@ class Steps:
 
     def prompt(self, slot: int, start: int, ids: Int32, want_logits: bool = True) -> StepResult:
         """Run a prompt from position `start` in chunks; logits of its last token alone."""
-        chunk = self.backend.plan.machine.max_rows
-        result = None
-        for first in range(0, len(ids), chunk):
-            part = ids[first : first + chunk]
-            last = want_logits and first + chunk >= len(ids)
+        machine = self.backend.plan.machine
+        result, first = None, 0
+        while first < len(ids):
+            part = ids[first : first + machine.chunk_rows(start + first)]
+            last = want_logits and first + len(part) >= len(ids)
             positions = np.arange(start + first, start + first + len(part), dtype=np.int32)
             wanted = [len(part) - 1] if last else []
             slots = np.full(len(part), slot, np.int32)
             result = self.rows(part, positions, slots, np.array(wanted, np.int32))
+            first += len(part)
         assert result is not None
         return result
 

@@ -1,0 +1,287 @@
+"""Prompts: many rows of one sequence at once, through torch's matrix products and attention.
+
+Plan, image, pages + the tokens of a chunk -> its keys and values in their pages, as the kernel
+would have appended them, and the logits that are wanted. A matrix is unpacked when its turn comes,
+slab by slab into one buffer: there is no second copy of the model. Nothing waits for the host
+between layers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flashformer.backends.base import Float32, Int32
+from flashformer.backends.cuda.kv_pages import BLOCK, KvPages, Seen
+from flashformer.backends.cuda.prefill_ops import (
+    Rotation,
+    activate,
+    add_norm,
+    attend,
+    multiply,
+    rotations,
+    turn,
+)
+from flashformer.backends.cuda.unpack import dtype_of, padded_cols, unpack
+from flashformer.model.spec import LayerSpec
+from flashformer.plan.plan import Matrix, Plan
+from flashformer.quant.formats import TILE_ROWS
+
+SLAB_BYTES = 256 << 20  # of unpacked weights at once
+LOGIT_ROWS = 128  # whose logits are computed at once
+LIBRARY_BYTES = 96 << 20  # workspaces of cuBLAS, small buffers of attention
+
+
+def workspace_bytes(plan: Plan) -> int:
+    """Most bytes that a chunk takes beside the image and the pages."""
+    layer, hidden = plan.spec.layers[0], plan.spec.hidden_size
+    rows = min(plan.machine.prompt_rows, plan.options.context)
+    channels = -(-layer.head_dim // BLOCK) * BLOCK
+    queries = layer.num_q_heads * channels
+    # Of a row, live at once: hidden state, its update, normalised rows in float32 and 16 bits; then
+    # queries, keys and values in float32 and rotated parts of them, or gate, up and their product.
+    attention = 4 * layer.qkv_rows + 10 * queries
+    mlp = (4 + 2 + 2) * (layer.intermediate_size + TILE_ROWS)
+    seen = 4 * _most_tokens(plan) * layer.num_kv_heads * channels
+    return (
+        _slab_bytes(plan)
+        + 2 * seen  # plain, and while they are loaded as stored
+        + rows * (14 * hidden + max(attention, mlp))
+        + LOGIT_ROWS * plan.spec.vocab_size * 4
+        + LIBRARY_BYTES
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's numbers and views, looked up once."""
+
+    index: int
+    record: LayerSpec
+    matrices: dict[str, Matrix]
+    vectors: dict[str, torch.Tensor]
+
+
+class Prefill:
+    """Runs chunks of prompts of one plan, on the device of its tensors. Not thread-safe."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        image: torch.Tensor,
+        kv: torch.Tensor,
+        activations: torch.dtype | None = None,
+    ) -> None:
+        """`image` uint8 [plan.image_bytes] and `kv` uint8, the pages of all layers, are kept.
+
+        `activations`: what hidden states are rounded to before a product; by default the 16 bits of
+        the matrix, as in the kernel.
+        """
+        self._machine = plan.machine
+        self._image = image
+        self._activations = activations
+        self._eps = plan.spec.rms_norm_eps
+        self._pages = KvPages(plan, kv)
+        vectors = _views(plan, image)
+        self._ropes = [
+            (vectors["inv_freq", i], factor) for i, factor in enumerate(plan.attention_factors)
+        ]
+        self._layers = [
+            _Layer(
+                index,
+                record,
+                {m.name: m for m in plan.matrices if m.layer == index},
+                {v.name: vectors[v.name, index] for v in plan.vectors if v.layer == index},
+            )
+            for index, record in enumerate(plan.spec.layers)
+        ]
+        self._norm = vectors["norm", -1]
+        self._head = plan.matrix("lm_head")
+        tied = plan.spec.tie_word_embeddings
+        self._embedding = self._head if tied else plan.matrix("embed_tokens")
+        self._slab = torch.empty(_slab_bytes(plan), dtype=torch.uint8, device=image.device)
+        self._seen = Seen(self._pages, _most_tokens(plan), image.device)
+
+    @torch.inference_mode()
+    def prompt(
+        self, token_ids: Int32, first: int, pages: torch.Tensor, logit_rows: Int32
+    ) -> Float32:
+        """Run the rows of a prompt that goes on at position `first`; logits of `logit_rows`.
+
+        `pages` int64: the sequence's, from position 0 to at least the last row's. `logit_rows` [n],
+        ascending, count from the first row here. Chunks end at multiples of `machine.prompt_rows`.
+        """
+        ids = torch.from_numpy(token_ids.astype(np.int64)).to(pages.device)
+        parts, start = [np.empty((0, self._head.rows), np.float32)], 0
+        while start < len(ids):
+            end = min(len(ids), start + self._machine.chunk_rows(first + start))
+            rows = logit_rows[(logit_rows >= start) & (logit_rows < end)] - start
+            used = pages[: -(-(first + end) // self._machine.page_tokens)]
+            wanted_from = int(rows[0]) if len(rows) else end - start
+            hidden = self.run(ids[start:end], first + start, used, wanted_from)
+            picked = torch.from_numpy(rows.astype(np.int64) - wanted_from).to(pages.device)
+            for at in range(0, len(rows), LOGIT_ROWS):
+                some = hidden[picked[at : at + LOGIT_ROWS]]
+                parts.append(self.logits(some).cpu().numpy())
+            start = end
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def run(
+        self, token_ids: torch.Tensor, first: int, pages: torch.Tensor, wanted_from: int
+    ) -> torch.Tensor:
+        """The last hidden state of the rows from `wanted_from` on: float32 [n, hidden_size].
+
+        `token_ids` int64 [rows] stand at positions from `first` on; `pages` int64 are those of the
+        sequence, from position 0 to the last row's. Keys and values of all rows go into their
+        pages; positions behind the last row in its page become zero.
+        """
+        hidden = self._embed(token_ids)
+        turns = [rotations(f, factor, first, len(hidden)) for f, factor in self._ropes]
+        update = None
+        for layer in self._layers:
+            x = add_norm(hidden, update, layer.vectors["input_layernorm"], self._eps)
+            qkv = self._project(x, layer.matrices["qkv"], torch.float32)
+            rotation = turns[layer.record.rope_idx] if layer.record.rope_idx >= 0 else None
+            query, keys, values = self._heads(layer, qkv, rotation, first, pages)
+            if layer.index + 1 == len(self._layers):  # of which nobody needs the other rows
+                hidden, query = hidden[wanted_from:], query[wanted_from:]
+                if len(hidden) == 0:
+                    return hidden
+            update = self._attention(layer, query, keys, values)
+            x = add_norm(hidden, update, layer.vectors["post_attention_layernorm"], self._eps)
+            update = self._mlp(layer, x)
+        return hidden if update is None else hidden + update
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of up to LOGIT_ROWS rows that `run` returned: float32 [n, vocab_size]."""
+        x = add_norm(hidden, None, self._norm, self._eps)
+        return self._project(x, self._head, torch.float32)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding: float32 [rows, hidden_size]."""
+        matrix = self._embedding
+        hidden = torch.empty(
+            (len(token_ids), matrix.cols), dtype=torch.float32, device=token_ids.device
+        )
+        tiles, step = self._tiles(matrix), self._slab_tiles(matrix)
+        for start in range(0, len(token_ids), step):
+            ids = token_ids[start : start + step]
+            rows = self._unpacked(matrix, tiles[ids // TILE_ROWS])
+            picked = torch.arange(len(ids), device=ids.device) * TILE_ROWS + ids % TILE_ROWS
+            hidden[start : start + step] = rows[picked]
+        return hidden
+
+    def _heads(
+        self,
+        layer: _Layer,
+        qkv: torch.Tensor,
+        rotation: Rotation | None,
+        first: int,
+        pages: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of the rows, keys and values that they see; the own ones go to their pages."""
+        record, vectors = layer.record, layer.vectors
+        if record.qkv_bias:
+            qkv += vectors["qkv_bias"][: record.qkv_rows]
+        heads = qkv.view(len(qkv), -1, record.head_dim)
+        q, k, v = heads.tensor_split(
+            (record.num_q_heads, record.num_q_heads + record.num_kv_heads), 1
+        )
+        if record.qk_norm:
+            q = add_norm(q, None, vectors["q_norm"], self._eps)
+            k = add_norm(k, None, vectors["k_norm"], self._eps)
+        keys, values = self._seen.open(layer.index, first, len(qkv), record.window, pages)
+        turn(k, rotation, keys)
+        turn(v, None, values)
+        query = torch.zeros(
+            (len(q), record.num_q_heads, self._pages.channels),
+            dtype=self._activations or torch.bfloat16,
+            device=q.device,
+        )
+        turn(q, rotation, query)
+        return query, *self._seen.close(layer.index, pages)
+
+    def _attention(
+        self, layer: _Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of the rows through o_proj: float32 [rows, hidden_size]."""
+        record = layer.record
+        attended = attend(query, keys, values, record.attention_scale, record.window)
+        x = attended[..., : record.head_dim].reshape(len(query), record.q_rows)
+        update = self._project(x, layer.matrices["o_proj"], torch.float32)
+        if record.o_bias:
+            update += layer.vectors["o_bias"][: update.shape[1]]
+        return update
+
+    def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
+        """The MLP of normalised rows: float32 [rows, hidden_size]."""
+        record, gate_up = layer.record, layer.matrices["gate_up"]
+        pairs = self._project(x, gate_up, self._dtype(gate_up))
+        if record.mlp_bias:
+            pairs += layer.vectors["gate_up_bias"]
+        # A tile is 8 rows of gate and the 8 rows of up of the same index.
+        activated = activate(pairs.view(len(x), -1, 2, TILE_ROWS // 2))
+        update = self._project(
+            activated[:, : record.intermediate_size], layer.matrices["down"], torch.float32
+        )
+        if record.mlp_bias:
+            update += layer.vectors["down_bias"][: update.shape[1]]
+        return update
+
+    def _project(self, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix times every row of `x`: [rows, n]; of gate_up in the order of its tiles."""
+        num_rows = matrix.num_tiles * TILE_ROWS if matrix.name == "gate_up" else matrix.rows
+        out = torch.empty((len(x), num_rows), dtype=dtype, device=x.device)
+        x = x.to(self._dtype(matrix))
+        tiles, step = self._tiles(matrix), self._slab_tiles(matrix)
+        for start in range(0, len(tiles), step):
+            weights = self._unpacked(matrix, tiles[start : start + step])
+            columns = out[:, start * TILE_ROWS : (start + step) * TILE_ROWS]
+            multiply(x, weights[: columns.shape[1]], columns)
+        return out
+
+    def _unpacked(self, matrix: Matrix, tiles: torch.Tensor) -> torch.Tensor:
+        """`tiles` as rows, in the slab: [16 n, cols], until the next call."""
+        weight_format = matrix.weight_format
+        shape = (len(tiles) * TILE_ROWS, padded_cols(weight_format, matrix.cols))
+        out = self._slab.view(dtype_of(weight_format))[: shape[0] * shape[1]].view(shape)
+        unpack(tiles, weight_format, out)
+        return out[:, : matrix.cols]
+
+    def _tiles(self, matrix: Matrix) -> torch.Tensor:
+        """The matrix in the image: uint8 [tiles, tile_bytes]."""
+        stored = self._image[matrix.offset : matrix.offset + matrix.nbytes]
+        return stored.view(matrix.num_tiles, matrix.tile_bytes)
+
+    def _slab_tiles(self, matrix: Matrix) -> int:
+        """Unpacked tiles that fit the slab."""
+        return self._slab.numel() // _unpacked_bytes(matrix)
+
+    def _dtype(self, matrix: Matrix) -> torch.dtype:
+        return self._activations or dtype_of(matrix.weight_format)
+
+
+def _views(plan: Plan, image: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
+    """Every vector by name and layer: float32 [length]."""
+    return {
+        (v.name, v.layer): image[v.offset : v.offset + 4 * v.length].view(torch.float32)
+        for v in plan.vectors
+    }
+
+
+def _unpacked_bytes(matrix: Matrix) -> int:
+    """Bytes of one unpacked tile."""
+    return TILE_ROWS * padded_cols(matrix.weight_format, matrix.cols) * 2
+
+
+def _slab_bytes(plan: Plan) -> int:
+    """Room for the largest matrix, or for as many of its tiles as SLAB_BYTES holds."""
+    largest = max(m.num_tiles * _unpacked_bytes(m) for m in plan.matrices)
+    return min(largest, max(SLAB_BYTES, *(_unpacked_bytes(m) for m in plan.matrices)))
+
+
+def _most_tokens(plan: Plan) -> int:
+    """Positions of a full sequence, in whole pages."""
+    return -(-plan.options.context // plan.machine.page_tokens) * plan.machine.page_tokens
