@@ -77,7 +77,6 @@ def run_tests(files: list[str]) -> list[dict[str, Any]]:
         options = [
             "-m",
             "gpu",
-            "-n0",
             "-p",
             "no:cacheprovider",
             "--tb=short",
