@@ -28,7 +28,7 @@ FORBIDDEN = {
 
 
 def code_files() -> list[Path]:
-    folders = (ROOT / "src", ROOT / "tests", ROOT / "benchmarks")
+    folders = (ROOT / "src", ROOT / "tests", ROOT / "benchmarks", ROOT / "tools")
     return [p for f in folders for p in sorted(f.rglob("*")) if p.suffix in CODE_SUFFIXES]
 
 
