@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from flashformer.backends.cuda import CudaBackend, cuda_machine, kv_pages, prefill
+from flashformer.backends.cuda.prefill_kernels import KernelOps
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
@@ -34,12 +35,12 @@ CHECKED_TOKENS = 96  # of a prompt, compared with the kernel
 WEIGHT_STD = 0.02
 Pair = tuple[torch.cuda.Event, torch.cuda.Event]
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "unpack": [(prefill, "unpack")],
+    "unpack": [(KernelOps, "unpack")],
     "products": [(prefill, "multiply")],
     "attention": [(prefill, "attend")],
-    "norms": [(prefill, "add_norm")],
-    "rope": [(prefill, "turn"), (prefill, "rotations")],
-    "activation": [(prefill, "activate")],
+    "norms": [(KernelOps, "add_norm")],
+    "heads": [(KernelOps, "split_heads")],
+    "activation": [(KernelOps, "activate")],
     "pages": [(kv_pages.KvPages, "load"), (kv_pages.KvPages, "store")],
 }
 

@@ -45,6 +45,15 @@ def test_the_kernel_compiles_for_the_features_of_other_families(shape):
     assert build_cubin(render_cuda(plan), "decode", "sm_90a").resources.spill_bytes == 0
 
 
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-0.6b"])
+def test_the_kernels_of_prompts_compile_for_every_architecture(arch, shape):
+    resources = build_cubin(render_cuda(plan_for(arch, shape)), "prefill", arch).resources
+
+    assert resources.spill_bytes == 0
+    assert resources.registers <= 64  # four CTAs of 256 threads an SM hide the memory's latency
+
+
 def test_the_stream_kernel_compiles():
     plan = plan_for("sm_90a", "llama-3.2-1b")
 

@@ -1,6 +1,7 @@
-"""One kernel in the driver's hands: cubin -> loaded, occupancy checked, launched cooperatively."""
+"""Kernels in the driver's hands: cubin -> loaded, launched; cooperatively where CTAs wait."""
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 from cuda.bindings import driver
@@ -57,6 +58,33 @@ class Kernel:
             driver.cuLaunchCooperativeKernel(
                 self._function, *grid, *block, shared, stream, ctypes.addressof(pointers)
             )
+        )
+
+    def close(self) -> None:
+        """Unload; a second call does nothing."""
+        if self._module is not None:
+            check(driver.cuModuleUnload(self._module))
+            self._module = None
+
+
+class Functions:
+    """Several kernels of one cubin whose CTAs do not wait for each other."""
+
+    def __init__(self, cubin: Cubin, names: Sequence[str], threads: int) -> None:
+        """`threads`: of one CTA, of every kernel."""
+        self._threads = threads
+        self._module: Any = check(driver.cuModuleLoadData(cubin.code))
+        self._functions: dict[str, Any] = {
+            name: check(driver.cuModuleGetFunction(self._module, name.encode())) for name in names
+        }
+
+    def launch(self, name: str, num_ctas: int, stream: int, *args: Any) -> None:
+        """Start `num_ctas` CTAs of a kernel; `args` are ctypes."""
+        pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(a) for a in args))
+        grid, block = (num_ctas, 1, 1), (self._threads, 1, 1)
+        function = self._functions[name]
+        check(
+            driver.cuLaunchKernel(function, *grid, *block, 0, stream, ctypes.addressof(pointers), 0)
         )
 
     def close(self) -> None:

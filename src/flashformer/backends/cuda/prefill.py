@@ -13,16 +13,16 @@ import torch
 
 from flashformer.backends.base import Float32, Int32
 from flashformer.backends.cuda.kv_pages import BLOCK, KvPages, Seen
+from flashformer.backends.cuda.prefill_kernels import KernelOps
 from flashformer.backends.cuda.prefill_ops import (
+    PrefillOps,
     Rotation,
-    activate,
-    add_norm,
+    TorchOps,
     attend,
     multiply,
     rotations,
-    turn,
 )
-from flashformer.backends.cuda.unpack import dtype_of, padded_cols, unpack
+from flashformer.backends.cuda.unpack import dtype_of, padded_cols
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
 from flashformer.quant.formats import TILE_ROWS
@@ -80,7 +80,11 @@ class Prefill:
         self._machine = plan.machine
         self._image = image
         self._activations = activations
-        self._eps = plan.spec.rms_norm_eps
+        self._ops: PrefillOps
+        if image.is_cuda:
+            self._ops = KernelOps(plan)
+        else:
+            self._ops = TorchOps(plan.spec.layers[0].head_dim, plan.spec.rms_norm_eps)
         self._pages = KvPages(plan, kv)
         vectors = _views(plan, image)
         self._ropes = [
@@ -130,7 +134,7 @@ class Prefill:
     def run(
         self, token_ids: torch.Tensor, first: int, pages: torch.Tensor, wanted_from: int
     ) -> torch.Tensor:
-        """The last hidden state of the rows from `wanted_from` on: float32 [n, hidden_size].
+        """The head's input for the rows from `wanted_from` on: [n, hidden_size], normalised.
 
         `token_ids` int64 [rows] stand at positions from `first` on; `pages` int64 are those of the
         sequence, from position 0 to the last row's. Keys and values of all rows go into their
@@ -138,25 +142,26 @@ class Prefill:
         """
         hidden = self._embed(token_ids)
         turns = [rotations(f, factor, first, len(hidden)) for f, factor in self._ropes]
-        update = None
+        update = bias = None
         for layer in self._layers:
-            x = add_norm(hidden, update, layer.vectors["input_layernorm"], self._eps)
-            qkv = self._project(x, layer.matrices["qkv"], torch.float32)
+            vectors, matrices = layer.vectors, layer.matrices
+            x = self._add_norm(hidden, update, bias, vectors["input_layernorm"], matrices["qkv"])
+            qkv = self._project(x, matrices["qkv"], torch.float32)
             rotation = turns[layer.record.rope_idx] if layer.record.rope_idx >= 0 else None
             query, keys, values = self._heads(layer, qkv, rotation, first, pages)
             if layer.index + 1 == len(self._layers):  # of which nobody needs the other rows
                 hidden, query = hidden[wanted_from:], query[wanted_from:]
                 if len(hidden) == 0:
-                    return hidden
-            update = self._attention(layer, query, keys, values)
-            x = add_norm(hidden, update, layer.vectors["post_attention_layernorm"], self._eps)
-            update = self._mlp(layer, x)
-        return hidden if update is None else hidden + update
+                    return torch.empty_like(hidden, dtype=self._dtype(self._head))
+            update, bias = self._attention(layer, query, keys, values), vectors.get("o_bias")
+            norm = vectors["post_attention_layernorm"]
+            x = self._add_norm(hidden, update, bias, norm, matrices["gate_up"])
+            update, bias = self._mlp(layer, x), vectors.get("down_bias")
+        return self._add_norm(hidden, update, bias, self._norm, self._head)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of up to LOGIT_ROWS rows that `run` returned: float32 [n, vocab_size]."""
-        x = add_norm(hidden, None, self._norm, self._eps)
         return self._project(x, self._head, torch.float32)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -182,25 +187,14 @@ class Prefill:
         pages: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries of the rows, keys and values that they see; the own ones go to their pages."""
-        record, vectors = layer.record, layer.vectors
-        if record.qkv_bias:
-            qkv += vectors["qkv_bias"][: record.qkv_rows]
-        heads = qkv.view(len(qkv), -1, record.head_dim)
-        q, k, v = heads.tensor_split(
-            (record.num_q_heads, record.num_q_heads + record.num_kv_heads), 1
-        )
-        if record.qk_norm:
-            q = add_norm(q, None, vectors["q_norm"], self._eps)
-            k = add_norm(k, None, vectors["k_norm"], self._eps)
+        record = layer.record
         keys, values = self._seen.open(layer.index, first, len(qkv), record.window, pages)
-        turn(k, rotation, keys)
-        turn(v, None, values)
-        query = torch.zeros(
-            (len(q), record.num_q_heads, self._pages.channels),
+        query = torch.empty(
+            (len(qkv), record.num_q_heads, self._pages.channels),
             dtype=self._activations or torch.bfloat16,
-            device=q.device,
+            device=qkv.device,
         )
-        turn(q, rotation, query)
+        self._ops.split_heads(qkv, layer.vectors, rotation, (query, keys, values))
         return query, *self._seen.close(layer.index, pages)
 
     def _attention(
@@ -210,31 +204,35 @@ class Prefill:
         record = layer.record
         attended = attend(query, keys, values, record.attention_scale, record.window)
         x = attended[..., : record.head_dim].reshape(len(query), record.q_rows)
-        update = self._project(x, layer.matrices["o_proj"], torch.float32)
-        if record.o_bias:
-            update += layer.vectors["o_bias"][: update.shape[1]]
-        return update
+        o_proj = layer.matrices["o_proj"]
+        return self._project(x.to(self._dtype(o_proj)), o_proj, torch.float32)
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-        """The MLP of normalised rows: float32 [rows, hidden_size]."""
-        record, gate_up = layer.record, layer.matrices["gate_up"]
+        """The MLP of normalised rows, without the last bias: float32 [rows, hidden_size]."""
+        gate_up, down = layer.matrices["gate_up"], layer.matrices["down"]
         pairs = self._project(x, gate_up, self._dtype(gate_up))
-        if record.mlp_bias:
-            pairs += layer.vectors["gate_up_bias"]
-        # A tile is 8 rows of gate and the 8 rows of up of the same index.
-        activated = activate(pairs.view(len(x), -1, 2, TILE_ROWS // 2))
-        update = self._project(
-            activated[:, : record.intermediate_size], layer.matrices["down"], torch.float32
-        )
-        if record.mlp_bias:
-            update += layer.vectors["down_bias"][: update.shape[1]]
-        return update
+        size = (len(x), gate_up.num_tiles * TILE_ROWS // 2)
+        activated = torch.empty(size, dtype=self._dtype(down), device=x.device)
+        self._ops.activate(pairs, layer.vectors.get("gate_up_bias"), activated)
+        return self._project(activated[:, : down.cols], down, torch.float32)
+
+    def _add_norm(
+        self,
+        hidden: torch.Tensor,
+        update: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        reader: Matrix,
+    ) -> torch.Tensor:
+        """Add to the hidden state; normalised rows as `reader` takes them: [rows, hidden_size]."""
+        out = torch.empty_like(hidden, dtype=self._dtype(reader))
+        self._ops.add_norm(hidden, update, bias, weight, out)
+        return out
 
     def _project(self, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         """The matrix times every row of `x`: [rows, n]; of gate_up in the order of its tiles."""
         num_rows = matrix.num_tiles * TILE_ROWS if matrix.name == "gate_up" else matrix.rows
         out = torch.empty((len(x), num_rows), dtype=dtype, device=x.device)
-        x = x.to(self._dtype(matrix))
         tiles, step = self._tiles(matrix), self._slab_tiles(matrix)
         for start in range(0, len(tiles), step):
             weights = self._unpacked(matrix, tiles[start : start + step])
@@ -247,7 +245,7 @@ class Prefill:
         weight_format = matrix.weight_format
         shape = (len(tiles) * TILE_ROWS, padded_cols(weight_format, matrix.cols))
         out = self._slab.view(dtype_of(weight_format))[: shape[0] * shape[1]].view(shape)
-        unpack(tiles, weight_format, out)
+        self._ops.unpack(tiles, weight_format, out)
         return out[:, : matrix.cols]
 
     def _tiles(self, matrix: Matrix) -> torch.Tensor:
@@ -264,11 +262,13 @@ class Prefill:
 
 
 def _views(plan: Plan, image: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
-    """Every vector by name and layer: float32 [length]."""
-    return {
-        (v.name, v.layer): image[v.offset : v.offset + 4 * v.length].view(torch.float32)
-        for v in plan.vectors
-    }
+    """Every vector by name and layer: float32; biases of hidden_size without their padding."""
+    short = {"o_bias": plan.spec.hidden_size, "down_bias": plan.spec.hidden_size}
+    views = {}
+    for v in plan.vectors:
+        stored = image[v.offset : v.offset + 4 * v.length].view(torch.float32)
+        views[v.name, v.layer] = stored[: short.get(v.name, v.length)]
+    return views
 
 
 def _unpacked_bytes(matrix: Matrix) -> int:

@@ -1,9 +1,124 @@
-"""What a prompt needs besides matrix products, as functions of torch tensors on any device."""
+"""What a prompt needs besides matrix products and attention, in torch on any device.
+
+This is the meaning; on a GPU `prefill_kernels` does the same in one pass over memory each.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [rows, 1, rotary_dim / 2]
+from flashformer.backends.cuda.unpack import unpack
+from flashformer.quant.formats import TILE_ROWS, Format
+
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [rows, rotary_dim / 2]
+Vectors = Mapping[str, torch.Tensor]  # of one layer: float32
+
+
+class PrefillOps(Protocol):
+    """The steps between products. `out` gives the type to which a result is rounded."""
+
+    def unpack(self, tiles: torch.Tensor, weight_format: Format, out: torch.Tensor) -> None:
+        """See `unpack.unpack`."""
+        ...
+
+    def add_norm(
+        self,
+        hidden: torch.Tensor,
+        update: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Add `update` and `bias` to `hidden` (float32 [rows, cols], in place); RMSNorm of it."""
+        ...
+
+    def split_heads(
+        self,
+        qkv: torch.Tensor,
+        vectors: Vectors,
+        rotation: Rotation | None,
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Bias, QK-norm and RoPE of float32 `qkv` [rows, qkv_rows].
+
+        `heads`: queries, keys and values [rows, heads, channels]; channels beyond head_dim are
+        zero. Halves of the rotated channels are paired.
+        """
+        ...
+
+    def activate(self, pairs: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """silu(gate) x up: `pairs` [rows, 16 tiles] in the tiles' order -> [rows, 8 tiles]."""
+        ...
+
+
+class TorchOps:
+    """`PrefillOps` as plain torch."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        self._head_dim, self._eps = head_dim, eps
+
+    def unpack(self, tiles: torch.Tensor, weight_format: Format, out: torch.Tensor) -> None:
+        """See `PrefillOps`."""
+        unpack(tiles, weight_format, out)
+
+    def add_norm(
+        self,
+        hidden: torch.Tensor,
+        update: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """See `PrefillOps`."""
+        if update is not None:
+            hidden += update if bias is None else update + bias
+        out.copy_(self._norm(hidden, weight))
+
+    def split_heads(
+        self,
+        qkv: torch.Tensor,
+        vectors: Vectors,
+        rotation: Rotation | None,
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        """See `PrefillOps`."""
+        if "qkv_bias" in vectors:
+            qkv = qkv + vectors["qkv_bias"][: qkv.shape[1]]
+        first_key = heads[0].shape[1]
+        first_value = first_key + heads[1].shape[1]
+        plain = qkv.view(len(qkv), -1, self._head_dim)
+        split = plain.tensor_split((first_key, first_value), dim=1)
+        for part, out, norm in zip(split, heads, ("q_norm", "k_norm", ""), strict=True):
+            values = self._norm(part, vectors[norm]) if norm in vectors else part
+            if norm and rotation is not None:
+                values = _rotate(values, *rotation)
+            out[..., : self._head_dim] = values
+            out[..., self._head_dim :] = 0
+
+    def activate(self, pairs: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """See `PrefillOps`."""
+        both = pairs.float() if bias is None else pairs + bias
+        gate, up = both.view(len(pairs), -1, 2, TILE_ROWS // 2).unbind(2)
+        out.copy_((functional.silu(gate) * up).flatten(1))
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, x.shape[-1:], weight, self._eps)
+
+
+def rotations(inv_freq: torch.Tensor, factor: float, first: int, rows: int) -> Rotation:
+    """Cos and sin of `rows` positions from `first` on, the attention factor included."""
+    positions = torch.arange(first, first + rows, device=inv_freq.device, dtype=torch.float32)
+    angles = positions[:, None] * inv_freq
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    low, high, rest = heads.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
 
 
 def multiply(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
@@ -14,38 +129,6 @@ def multiply(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(x, weights.T, out=out)
     else:
         torch.mm(x, weights.T, out_dtype=out.dtype, out=out)
-
-
-def add_norm(
-    hidden: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """Add `update` to `hidden` (float32 [rows, hidden_size], in place); RMSNorm of the sum."""
-    if update is not None:
-        hidden += update
-    return functional.rms_norm(hidden, hidden.shape[-1:], weight, eps)
-
-
-def rotations(inv_freq: torch.Tensor, factor: float, first: int, rows: int) -> Rotation:
-    """Cos and sin of `rows` positions from `first` on, the attention factor included."""
-    positions = torch.arange(first, first + rows, device=inv_freq.device, dtype=torch.float32)
-    angles = positions[:, None, None] * inv_freq
-    return angles.cos() * factor, angles.sin() * factor
-
-
-def turn(heads: torch.Tensor, rotation: Rotation | None, out: torch.Tensor) -> None:
-    """RoPE of float32 `heads` [rows, n, head_dim] into `out` [rows, n, channels], rounded there.
-
-    Halves of the rotated channels are paired; `out` may have more channels, which stay.
-    """
-    if rotation is None:
-        out[..., : heads.shape[-1]] = heads
-        return
-    cos, sin = rotation
-    half = cos.shape[-1]
-    low, high = heads[..., :half], heads[..., half : 2 * half]
-    out[..., :half] = torch.addcmul(low * cos, high, sin, value=-1)
-    out[..., half : 2 * half] = torch.addcmul(high * cos, low, sin)
-    out[..., 2 * half : heads.shape[-1]] = heads[..., 2 * half :]
 
 
 def attend(
@@ -73,8 +156,3 @@ def attend(
         q, k.to(q.dtype), v.to(q.dtype), mask, scale=scale, enable_gqa=True
     )
     return attended[0].transpose(0, 1)
-
-
-def activate(pairs: torch.Tensor) -> torch.Tensor:
-    """silu(gate) x up from the order of the tiles: [rows, tiles, 2, 8] -> [rows, 8 tiles]."""
-    return (functional.silu(pairs[:, :, 0]) * pairs[:, :, 1]).flatten(1)

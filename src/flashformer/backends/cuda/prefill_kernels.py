@@ -1,0 +1,82 @@
+"""The steps of a prompt between matrix products, as kernels: each reads and writes memory once."""
+
+import ctypes
+from typing import Any
+
+import torch
+
+from flashformer.backends.cuda.compile import compile_kernel
+from flashformer.backends.cuda.launch import Functions
+from flashformer.backends.cuda.prefill_ops import Rotation, Vectors
+from flashformer.backends.cuda.unpack import unpack
+from flashformer.plan.plan import Plan
+from flashformer.quant.formats import TILE_ROWS, Format
+
+THREADS = 256  # of every kernel in kernel/prefill.cu
+WARPS = THREADS // 32
+SPAN_BLOCKS = 8  # of a tile, which one warp unpacks
+BLOCK_BYTES = 512  # of one fragment of 16 bits
+NAMES = ("unpack_16", "add_norm", "split_heads", "activate")
+
+
+class KernelOps:
+    """`PrefillOps` on a GPU, through kernel/prefill.cu. All tensors are contiguous."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Compiles, or takes from the cache, what `plan` needs."""
+        self._functions = Functions(compile_kernel(plan, "prefill"), NAMES, THREADS)
+
+    def unpack(self, tiles: torch.Tensor, weight_format: Format, out: torch.Tensor) -> None:
+        """See `unpack.unpack`; formats without a kernel go through torch."""
+        if weight_format.bits != 16:
+            unpack(tiles, weight_format, out)
+            return
+        blocks = tiles.shape[1] // BLOCK_BYTES
+        warps = len(tiles) * -(-blocks // SPAN_BLOCKS)
+        self._launch("unpack_16", -(-warps // WARPS), tiles, out, len(tiles), blocks)
+
+    def add_norm(
+        self,
+        hidden: torch.Tensor,
+        update: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """See `PrefillOps`; one CTA a row."""
+        self._launch("add_norm", len(hidden), hidden, update, bias, weight, out, _is_f16(out))
+
+    def split_heads(
+        self,
+        qkv: torch.Tensor,
+        vectors: Vectors,
+        rotation: Rotation | None,
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        """See `PrefillOps`; one warp a head of a row."""
+        norms = vectors.get("q_norm"), vectors.get("k_norm")
+        warps = len(qkv) * sum(part.shape[1] for part in heads)
+        arguments = (qkv, vectors.get("qkv_bias"), *norms, *(rotation or (None, None)), *heads)
+        self._launch("split_heads", -(-warps // WARPS), *arguments, len(qkv))
+
+    def activate(self, pairs: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """See `PrefillOps`; one thread a tile of a row."""
+        tiles = pairs.shape[1] // TILE_ROWS
+        count = len(pairs) * tiles
+        self._launch("activate", -(-count // THREADS), pairs, bias, out, count, tiles, _is_f16(out))
+
+    def _launch(self, name: str, num_ctas: int, *arguments: torch.Tensor | int | None) -> None:
+        if num_ctas == 0:
+            return
+        stream = torch.cuda.current_stream().cuda_stream
+        self._functions.launch(name, num_ctas, stream, *(_argument(a) for a in arguments))
+
+
+def _argument(value: torch.Tensor | int | None) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_void_p(None) if value is None else ctypes.c_int32(value)
+
+
+def _is_f16(tensor: torch.Tensor) -> int:
+    return int(tensor.dtype == torch.float16)

@@ -1,0 +1,118 @@
+"""The kernels between a prompt's products compute what their definitions in torch do."""
+
+import pytest
+import torch
+
+from checkpoints import make_checkpoint
+from flashformer.backends.cuda.prefill_kernels import KernelOps
+from flashformer.backends.cuda.prefill_ops import TorchOps, rotations
+from flashformer.backends.cuda.unpack import padded_cols
+from test_cuda import head_dim, open_variant
+
+pytestmark = pytest.mark.gpu
+
+ROWS = 37
+
+
+class Case:
+    """A model's plan and image on the GPU, and both ways to compute."""
+
+    def __init__(self, folder, variant):
+        wider = {} if head_dim(variant) % 8 == 0 else {"head_dim": 24}
+        made = make_checkpoint(folder, variant, **wider)
+        self.backend = open_variant(lambda _: made, variant)
+        self.plan, self.image = self.backend.plan, self.backend._image
+        self.layer = self.plan.spec.layers[0]
+        self.kernels = KernelOps(self.plan)
+        self.plain = TorchOps(self.layer.head_dim, self.plan.spec.rms_norm_eps)
+        self.half = torch.float16 if self.plan.options.format == "f16" else torch.bfloat16
+        self.vectors = {
+            v.name: self.image[v.offset : v.offset + 4 * v.length].view(torch.float32)
+            for v in self.plan.vectors
+            if v.layer == 1
+        }
+
+    def outputs(self, *shape, dtype=None):
+        """Two tensors full of NaN."""
+        dtype = dtype or self.half
+        return [torch.full(shape, torch.nan, dtype=dtype, device="cuda") for _ in range(2)]
+
+
+@pytest.fixture(scope="module", params=["llama-bias", "qwen3", "llama-f16", "mistral"])
+def case(request, tmp_path_factory):
+    case = Case(tmp_path_factory.mktemp("ops"), request.param)
+    yield case
+    case.backend.close()
+
+
+def normal(*shape):
+    return torch.randn(shape, device="cuda")
+
+
+def assert_same(found, expected):
+    """Rounded from sums in another order: equal, but for a few that go to their neighbour."""
+    found, expected = found.float(), expected.float()
+    assert (found == expected).float().mean() > 0.98
+    step = 2.0**-7 * expected.abs() + 1e-5 * expected.abs().max()
+    assert bool(((found - expected).abs() <= step).all())
+
+
+def test_every_matrix_is_unpacked_bit_by_bit(case):
+    for matrix in case.plan.matrices:
+        stored = case.image[matrix.offset : matrix.offset + matrix.nbytes]
+        tiles = stored.view(matrix.num_tiles, matrix.tile_bytes)
+        cols = padded_cols(matrix.weight_format, matrix.cols)
+        found, expected = case.outputs(16 * matrix.num_tiles, cols)
+
+        case.kernels.unpack(tiles, matrix.weight_format, found)
+
+        case.plain.unpack(tiles, matrix.weight_format, expected)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("with_update", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_hidden_state_is_added_to_and_normalised(case, with_update, with_bias):
+    size = case.plan.spec.hidden_size
+    states = [normal(ROWS, size)]
+    states.append(states[0].clone())
+    update = normal(ROWS, size) if with_update else None
+    bias = normal(size) if with_bias else None
+    weight = case.vectors["input_layernorm"]
+    found, expected = case.outputs(ROWS, size)
+
+    case.kernels.add_norm(states[0], update, bias, weight, found)
+
+    case.plain.add_norm(states[1], update, bias, weight, expected)
+    assert torch.equal(*states)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_heads_are_normalised_turned_and_rounded(case, turned):
+    layer = case.layer
+    qkv = normal(ROWS, layer.qkv_rows)
+    channels = -(-layer.head_dim // 16) * 16
+    counts = (layer.num_q_heads, layer.num_kv_heads, layer.num_kv_heads)
+    frequencies = torch.rand(layer.head_dim // 2, device="cuda")
+    rotation = rotations(frequencies, 1.3, 70, ROWS) if turned else None
+    pairs = [case.outputs(ROWS, n, channels, dtype=torch.bfloat16) for n in counts]
+
+    case.kernels.split_heads(qkv, case.vectors, rotation, tuple(p[0] for p in pairs))
+
+    case.plain.split_heads(qkv, case.vectors, rotation, tuple(p[1] for p in pairs))
+    for found, expected in pairs:
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gate_and_up_become_activations(case, with_bias):
+    rows = 16 * case.plan.matrix("gate_up", 1).num_tiles
+    pairs = normal(ROWS, rows).to(case.half)
+    bias = normal(rows) if with_bias else None
+    found, expected = case.outputs(ROWS, rows // 2)
+
+    case.kernels.activate(pairs, bias, found)
+
+    case.plain.activate(pairs, bias, expected)
+    assert_same(found, expected)
