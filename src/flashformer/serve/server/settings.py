@@ -2,19 +2,7 @@
 
 from dataclasses import dataclass, field
 
-import msgspec
-
-
-class LoadOptions(msgspec.Struct, frozen=True):
-    """What the engine process loads."""
-
-    model: str | None = None  # None: the embedded default
-    name: str | None = None  # under which it is served; None: as it was given
-    device: str = "auto"
-    max_batch: int = 8
-    context: int | None = None
-    quant: str | None = None
-    threads: int | None = None
+from flashformer.serve.load import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +34,8 @@ class Limits:
 class ServeOptions:
     """One server."""
 
-    load: LoadOptions = field(default_factory=LoadOptions)
+    load: LoadOptions
+    name: str | None = None  # of the model for clients; None: as it was given
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
