@@ -197,20 +197,6 @@ def test_a_prompt_is_cut_into_chunks_and_gives_the_logits_that_are_wanted(qwen3,
     assert same.mean() > 0.99
 
 
-def test_warming_up_needs_no_more_pages_than_there_are(qwen3):
-    plan, image = qwen3
-    kv = fresh_pages(plan)
-    runner = Prefill(plan, torch.from_numpy(image), kv)
-
-    runner.warm_up(1)
-
-    layer = plan.spec.layers[0]
-    pages = kv.view(plan.spec.num_layers, NUM_PAGES, layer.num_kv_heads, 2, -1)
-    assert not pages[:, 0].contiguous().view(torch.bfloat16).isnan().any()
-    assert (pages[:, 1:] == 0xFF).all()
-    runner.warm_up(NUM_PAGES)
-
-
 def test_other_pages_stay_and_the_rest_of_the_last_page_is_zero(qwen3):
     plan, image = qwen3
     layer = plan.spec.layers[0]

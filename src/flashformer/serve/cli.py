@@ -21,6 +21,7 @@ from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK, failure_of, rep
 from flashformer.serve.inspect import inspect_model
 from flashformer.serve.plan import show_plan
 from flashformer.serve.run import run
+from flashformer.serve.serve import serve
 from flashformer.serve.terminal import Terminal
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("inspect")(inspect_model)
 app.command("plan")(show_plan)
 app.command("compile")(compile_model)

@@ -96,6 +96,8 @@ class CudaBackend:
         self._packet_bytes, all_bytes = exchange_bytes(plan)
         self._image = self._moved(image)
         self._kv = self._zeros(num_pages * machine.page_tokens * _kv_bytes_per_token(plan))
+        if instruments.poison:
+            self._kv.fill_(255)  # NaN
         self._exchange = self._zeros(all_bytes)
         self._logits = self._zeros((rows, plan.spec.vocab_size), torch.float32)
         self._barrier_start = instruments.counter_start
@@ -107,8 +109,6 @@ class CudaBackend:
         self._page_table = torch.zeros(0, dtype=torch.int32, device=self._device)
         self._known_pages: Int32 | None = None
         self._prefill = Prefill(plan, self._image, self._kv)
-        self._prefill.warm_up(num_pages)
-        self._kv.fill_(255 if instruments.poison else 0)  # NaN in tests
 
     @property
     def plan(self) -> Plan:
