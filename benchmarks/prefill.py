@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashformer.backends.cuda import CudaBackend, cuda_machine, kv_pages, prefill
+from flashformer.backends.cuda import CudaBackend, cuda_machine, prefill
 from flashformer.backends.cuda.prefill_kernels import KernelOps
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
@@ -41,7 +41,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "norms": [(KernelOps, "add_norm")],
     "heads": [(KernelOps, "split_heads")],
     "activation": [(KernelOps, "activate")],
-    "pages": [(kv_pages.KvPages, "load"), (kv_pages.KvPages, "store")],
+    "pages": [(KernelOps, "load_pages"), (KernelOps, "store_pages")],
 }
 
 

@@ -19,6 +19,10 @@ ALONE = (
     "| model | format | test | tok/s | ms/step | GB/s | share of bandwidth |",
     "|---|---|---|---:|---:|---:|---:|",
 )
+PROMPTS = (
+    "| model | format | prompt | first token, ms | prompt tok/s |",
+    "|---|---|---:|---:|---:|",
+)
 
 
 def main() -> None:
@@ -54,12 +58,12 @@ def tables(results: list[dict[str, Any]]) -> str:
     newest: dict[tuple[str, str], dict[tuple[str, ...], tuple[str, str]]] = {}
     heads: dict[tuple[str, str], tuple[str, ...]] = {}
     for result in results:
-        compares = result["kind"] == "comparison"
         place = (title(result), result["kind"])
-        peer = result["peer"]["name"] if compares else ""
-        heads[place] = tuple(line.format(peer=peer) for line in COMPARISON if compares) or ALONE
+        head, rows_of = KINDS.get(result["kind"], (ALONE, bench_rows))
+        peer = result["peer"]["name"] if "peer" in result else ""
+        heads[place] = tuple(line.format(peer=peer) for line in head)
         rows = newest.setdefault(place, {})
-        for case, line in (comparison_rows if compares else bench_rows)(result):
+        for case, line in rows_of(result):
             rows[case] = (line, result["file"])
     parts = []
     for place, rows in newest.items():
@@ -74,6 +78,8 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 def title(result: dict[str, Any]) -> str:
     """The machine in a few words."""
+    if "gpu" in result:
+        return f"**{result['gpu']['name']}**"
     compares = result["kind"] == "comparison"
     cpu = result["system" if compares else "machine"]["cpu"]
     threads = result["threads"] if compares else result["machine"]["threads"]
@@ -116,6 +122,20 @@ def bench_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         )
         rows.append((case, "| " + " | ".join(cells) + " |"))
     return rows
+
+
+def prompt_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Case and line of every prompt of a measurement of prefill."""
+    rows = []
+    for model in result["models"]:
+        for prompt in model["prompts"]:
+            case = (model["name"], model["format"], str(prompt["tokens"]))
+            cells = (*case, f"{prompt['first_token_ms']:.1f}", f"{prompt['tok_s']:.0f}")
+            rows.append((case, "| " + " | ".join(cells) + " |"))
+    return rows
+
+
+KINDS = {"comparison": (COMPARISON, comparison_rows), "prefill": (PROMPTS, prompt_rows)}
 
 
 if __name__ == "__main__":

@@ -116,3 +116,23 @@ def test_gate_and_up_become_activations(case, with_bias):
 
     case.plain.activate(pairs, bias, expected)
     assert_same(found, expected)
+
+
+def test_pages_are_stored_and_loaded_bit_by_bit(case):
+    layer, page_tokens = case.layer, case.plan.machine.page_tokens
+    channels = -(-layer.head_dim // 16) * 16
+    pages = torch.tensor([4, 1, 3], device="cuda")
+    tokens = len(pages) * page_tokens
+    shape = (6, layer.num_kv_heads, 2, page_tokens * channels)
+    found, expected = case.outputs(*shape, dtype=torch.bfloat16)
+    keys, values = normal(2, tokens, layer.num_kv_heads, channels).bfloat16()
+
+    case.kernels.store_pages(found, pages, keys.clone(), values.clone(), tokens - 19)
+
+    case.plain.store_pages(expected, pages, keys, values, tokens - 19)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+    loaded, plain = (case.outputs(*keys.shape, dtype=torch.bfloat16) for _ in range(2))
+    case.kernels.load_pages(found, pages, *loaded)
+    case.plain.load_pages(found, pages, *plain)
+    assert torch.equal(loaded[0], plain[0])
+    assert torch.equal(loaded[1], plain[1])

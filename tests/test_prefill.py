@@ -9,6 +9,7 @@ from checkpoints import VARIANTS
 from flashformer.backends.base import StepBatch
 from flashformer.backends.cuda.prefill import Prefill
 from flashformer.backends.reference import ReferenceBackend
+from flashformer.errors import OutOfMemoryError
 from flashformer.model.checkpoint import Checkpoint
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import CheckpointWeights
@@ -195,6 +196,32 @@ def test_a_prompt_is_cut_into_chunks_and_gives_the_logits_that_are_wanted(qwen3,
     assert_close(plan, found, whole[60 + wanted])
     same = stored(plan, own, LENGTH) == stored(plan, kv, LENGTH)
     assert same.mean() > 0.99
+
+
+def test_memory_that_others_took_is_one_sentence(qwen3, monkeypatch):
+    plan, image = qwen3
+    runner = Prefill(plan, torch.from_numpy(image), fresh_pages(plan))
+
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("flashformer.backends.cuda.prefill.multiply", refuse)
+    with pytest.raises(OutOfMemoryError, match="something else has taken it since"):
+        runner.prompt(ids_of(plan), 0, torch.tensor(PAGES), np.empty(0, np.int32))
+
+
+def test_warming_up_needs_no_more_pages_than_there_are(qwen3):
+    plan, image = qwen3
+    kv = fresh_pages(plan)
+    runner = Prefill(plan, torch.from_numpy(image), kv)
+
+    runner.warm_up(1)
+
+    layer = plan.spec.layers[0]
+    pages = kv.view(plan.spec.num_layers, NUM_PAGES, layer.num_kv_heads, 2, -1)
+    assert not pages[:, 0].contiguous().view(torch.bfloat16).isnan().any()
+    assert (pages[:, 1:] == 0xFF).all()
+    runner.warm_up(NUM_PAGES)
 
 
 def test_other_pages_stay_and_the_rest_of_the_last_page_is_zero(qwen3):

@@ -29,6 +29,7 @@ from flashformer.plan.plan import Plan, PlanOptions, make_plan
 NUM_WARPS = {"decode": 10, "stream": 9}  # eight consumers, the producer; decode has a prefetcher
 MAX_SLOTS = 16  # of the ring: kernel/cta.cuh
 MIN_SLOTS = 4
+PREFILL_PASSES = 3  # over the weights by `Prefill`: it reads the image, writes the slab, reads it
 WAITS = {  # WaitKind of kernel/cta.cuh
     1: "a slot of the ring to be filled",
     2: "a slot of the ring to be released",
@@ -96,8 +97,6 @@ class CudaBackend:
         self._packet_bytes, all_bytes = exchange_bytes(plan)
         self._image = self._moved(image)
         self._kv = self._zeros(num_pages * machine.page_tokens * _kv_bytes_per_token(plan))
-        if instruments.poison:
-            self._kv.fill_(255)  # NaN
         self._exchange = self._zeros(all_bytes)
         self._logits = self._zeros((rows, plan.spec.vocab_size), torch.float32)
         self._barrier_start = instruments.counter_start
@@ -109,6 +108,8 @@ class CudaBackend:
         self._page_table = torch.zeros(0, dtype=torch.int32, device=self._device)
         self._known_pages: Int32 | None = None
         self._prefill = Prefill(plan, self._image, self._kv)
+        self._prefill.warm_up(num_pages)
+        self._kv.fill_(255 if instruments.poison else 0)  # NaN in tests
 
     @property
     def plan(self) -> Plan:
@@ -131,7 +132,10 @@ class CudaBackend:
         return self._kernel
 
     def step(self, batch: StepBatch) -> StepResult:
-        """Run the rows through the model: `max_rows` a launch, longer prompts through `Prefill`."""
+        """Run the rows through the model: `max_rows` a launch, prompts through `Prefill`.
+
+        A few launches pass over the weights as often as `Prefill` does, so it gets what needs more.
+        """
         most = self._plan.machine.max_rows
         wanted = len(batch.logit_rows)
         logits = np.empty((wanted, self._plan.spec.vocab_size), np.float32)
@@ -139,9 +143,10 @@ class CudaBackend:
         starts = np.flatnonzero(np.diff(batch.slots, prepend=-1))
         runs = np.split(np.arange(len(batch.slots)), starts[1:])  # rows of one sequence each
         for rows in runs:
-            if len(rows) > most:
+            if len(rows) > PREFILL_PASSES * most:
                 self._run_prompt(batch, rows, result)
-        few = np.concatenate([rows for rows in runs if len(rows) <= most] or [starts[:0]])
+        short = [rows for rows in runs if len(rows) <= PREFILL_PASSES * most]
+        few = np.concatenate(short or [starts[:0]])
         for first in range(0, len(few), most):
             self._run_rows(batch, few[first : first + most], result)
         return result

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from flashformer.backends.base import Float32, Int32
-from flashformer.backends.cuda.kv_pages import BLOCK, KvPages, Seen
 from flashformer.backends.cuda.prefill_kernels import KernelOps
 from flashformer.backends.cuda.prefill_ops import (
     PrefillOps,
@@ -22,13 +21,16 @@ from flashformer.backends.cuda.prefill_ops import (
     multiply,
     rotations,
 )
+from flashformer.backends.cuda.seen import Seen, channels, most_tokens
 from flashformer.backends.cuda.unpack import dtype_of, padded_cols
+from flashformer.errors import OutOfMemoryError
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
 from flashformer.quant.formats import TILE_ROWS
 
 SLAB_BYTES = 256 << 20  # of unpacked weights at once
 LOGIT_ROWS = 128  # whose logits are computed at once
+WARM_ROWS = (32, 256, 1024)  # for which cuBLAS may choose different kernels
 LIBRARY_BYTES = 96 << 20  # workspaces of cuBLAS, small buffers of attention
 
 
@@ -36,20 +38,17 @@ def workspace_bytes(plan: Plan) -> int:
     """Most bytes that a chunk takes beside the image and the pages."""
     layer, hidden = plan.spec.layers[0], plan.spec.hidden_size
     rows = min(plan.machine.prompt_rows, plan.options.context)
-    channels = -(-layer.head_dim // BLOCK) * BLOCK
-    queries = layer.num_q_heads * channels
-    # Of a row, live at once: hidden state, its update, normalised rows in float32 and 16 bits; then
-    # queries, keys and values in float32 and rotated parts of them, or gate, up and their product.
-    attention = 4 * layer.qkv_rows + 10 * queries
-    mlp = (4 + 2 + 2) * (layer.intermediate_size + TILE_ROWS)
-    seen = 4 * _most_tokens(plan) * layer.num_kv_heads * channels
-    return (
-        _slab_bytes(plan)
-        + 2 * seen  # plain, and while they are loaded as stored
-        + rows * (14 * hidden + max(attention, mlp))
-        + LOGIT_ROWS * plan.spec.vocab_size * 4
-        + LIBRARY_BYTES
-    )
+    slab = _slab_bytes(plan)
+    # Of a row, at once: the hidden state, its last update and the next in float32, normalised in 16
+    # bits; with them q, k and v in float32, rounded queries, attention's output and its copy, or
+    # gate, up and their product.
+    attention = 4 * layer.qkv_rows + 3 * 2 * layer.num_q_heads * channels(plan)
+    mlp = 3 * 2 * (layer.intermediate_size + TILE_ROWS)
+    in_layers = rows * (14 * hidden + max(attention, mlp))
+    embedding = rows * 6 * hidden + slab  # the tiles of the tokens, as stored
+    seen = 2 * 2 * most_tokens(plan) * layer.num_kv_heads * channels(plan)
+    logits = LOGIT_ROWS * plan.spec.vocab_size * 4
+    return slab + seen + max(in_layers, embedding) + logits + LIBRARY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +77,7 @@ class Prefill:
         the matrix, as in the kernel.
         """
         self._machine = plan.machine
+        self._workspace_bytes = workspace_bytes(plan)
         self._image = image
         self._activations = activations
         self._ops: PrefillOps
@@ -85,7 +85,7 @@ class Prefill:
             self._ops = KernelOps(plan)
         else:
             self._ops = TorchOps(plan.spec.layers[0].head_dim, plan.spec.rms_norm_eps)
-        self._pages = KvPages(plan, kv)
+        self._channels = channels(plan)
         vectors = _views(plan, image)
         self._ropes = [
             (vectors["inv_freq", i], factor) for i, factor in enumerate(plan.attention_factors)
@@ -104,7 +104,19 @@ class Prefill:
         tied = plan.spec.tie_word_embeddings
         self._embedding = self._head if tied else plan.matrix("embed_tokens")
         self._slab = torch.empty(_slab_bytes(plan), dtype=torch.uint8, device=image.device)
-        self._seen = Seen(self._pages, _most_tokens(plan), image.device)
+        self._seen = Seen(plan, kv, self._ops)
+
+    def warm_up(self, num_pages: int) -> None:
+        """Run prompts of a few lengths through the first pages, whose content is lost.
+
+        torch loads its kernels and takes its workspace now instead of during the first prompt.
+        """
+        page_tokens, device = self._machine.page_tokens, self._image.device
+        most = min(self._machine.prompt_rows, self._seen.max_tokens, num_pages * page_tokens)
+        for rows in sorted({min(most, rows) for rows in (*WARM_ROWS, most)}):
+            pages = torch.arange(-(-rows // page_tokens), device=device)
+            last = np.array([rows - 1], np.int32)
+            self.prompt(np.zeros(rows, np.int32), 0, pages, last)
 
     @torch.inference_mode()
     def prompt(
@@ -114,7 +126,20 @@ class Prefill:
 
         `pages` int64: the sequence's, from position 0 to at least the last row's. `logit_rows` [n],
         ascending, count from the first row here. Chunks end at multiples of `machine.prompt_rows`.
+        Raises `OutOfMemoryError` if others have taken the memory that was free at the start.
         """
+        try:
+            return self._prompt(token_ids, first, pages, logit_rows)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"reading a prompt needs up to {self._workspace_bytes / 2**30:.2f} GiB of GPU "
+                "memory, and something else has taken it since the model was loaded; free it and "
+                "send the prompt again"
+            ) from error
+
+    def _prompt(
+        self, token_ids: Int32, first: int, pages: torch.Tensor, logit_rows: Int32
+    ) -> Float32:
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(pages.device)
         parts, start = [np.empty((0, self._head.rows), np.float32)], 0
         while start < len(ids):
@@ -190,7 +215,7 @@ class Prefill:
         record = layer.record
         keys, values = self._seen.open(layer.index, first, len(qkv), record.window, pages)
         query = torch.empty(
-            (len(qkv), record.num_q_heads, self._pages.channels),
+            (len(qkv), record.num_q_heads, self._channels),
             dtype=self._activations or torch.bfloat16,
             device=qkv.device,
         )
@@ -280,8 +305,3 @@ def _slab_bytes(plan: Plan) -> int:
     """Room for the largest matrix, or for as many of its tiles as SLAB_BYTES holds."""
     largest = max(m.num_tiles * _unpacked_bytes(m) for m in plan.matrices)
     return min(largest, max(SLAB_BYTES, *(_unpacked_bytes(m) for m in plan.matrices)))
-
-
-def _most_tokens(plan: Plan) -> int:
-    """Positions of a full sequence, in whole pages."""
-    return -(-plan.options.context // plan.machine.page_tokens) * plan.machine.page_tokens

@@ -16,7 +16,8 @@ THREADS = 256  # of every kernel in kernel/prefill.cu
 WARPS = THREADS // 32
 SPAN_BLOCKS = 8  # of a tile, which one warp unpacks
 BLOCK_BYTES = 512  # of one fragment of 16 bits
-NAMES = ("unpack_16", "add_norm", "split_heads", "activate")
+QUAD = 8  # elements that one thread moves between pages and rows: 2 positions of 4 channels
+NAMES = ("unpack_16", "add_norm", "split_heads", "activate", "load_pages", "store_pages")
 
 
 class KernelOps:
@@ -64,6 +65,26 @@ class KernelOps:
         tiles = pairs.shape[1] // TILE_ROWS
         count = len(pairs) * tiles
         self._launch("activate", -(-count // THREADS), pairs, bias, out, count, tiles, _is_f16(out))
+
+    def load_pages(
+        self, layer: torch.Tensor, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """See `kv_pages.load_pages`."""
+        num_ctas = -(-keys.numel() // (QUAD * THREADS))
+        self._launch("load_pages", num_ctas, layer, pages, keys, values, len(pages))
+
+    def store_pages(
+        self,
+        layer: torch.Tensor,
+        pages: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        """See `kv_pages.store_pages`; the rows here stay as they are."""
+        num_ctas = -(-keys.numel() // (QUAD * THREADS))
+        arguments = (layer, pages, keys, values, len(pages), num_tokens)
+        self._launch("store_pages", num_ctas, *arguments)
 
     def _launch(self, name: str, num_ctas: int, *arguments: torch.Tensor | int | None) -> None:
         if num_ctas == 0:

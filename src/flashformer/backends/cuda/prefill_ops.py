@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from flashformer.backends.cuda.kv_pages import load_pages, store_pages
 from flashformer.backends.cuda.unpack import unpack
 from flashformer.quant.formats import TILE_ROWS, Format
 
@@ -52,16 +53,33 @@ class PrefillOps(Protocol):
         """silu(gate) x up: `pairs` [rows, 16 tiles] in the tiles' order -> [rows, 8 tiles]."""
         ...
 
+    def load_pages(
+        self, layer: torch.Tensor, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """See `kv_pages.load_pages`."""
+        ...
+
+    def store_pages(
+        self,
+        layer: torch.Tensor,
+        pages: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        """See `kv_pages.store_pages`."""
+        ...
+
 
 class TorchOps:
     """`PrefillOps` as plain torch."""
 
+    unpack = staticmethod(unpack)
+    load_pages = staticmethod(load_pages)
+    store_pages = staticmethod(store_pages)
+
     def __init__(self, head_dim: int, eps: float) -> None:
         self._head_dim, self._eps = head_dim, eps
-
-    def unpack(self, tiles: torch.Tensor, weight_format: Format, out: torch.Tensor) -> None:
-        """See `PrefillOps`."""
-        unpack(tiles, weight_format, out)
 
     def add_norm(
         self,

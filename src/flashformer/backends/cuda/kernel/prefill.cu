@@ -1,7 +1,7 @@
 // A prompt's work besides matrix products and attention; prefill_ops.py says what each kernel computes.
 //
 // All of it is bound by memory: a value is read once and written once, between the matrix products of torch.
-#include "exchange.cuh"
+#include "past.cuh"
 
 constexpr int prefill_threads = 256;
 constexpr int prefill_warps = prefill_threads / 32;
@@ -159,4 +159,68 @@ extern "C" __global__ void __launch_bounds__(prefill_threads)
     result.w[i] = word;
   }
   out[at] = result;
+}
+
+// Between pages of a layer and plain rows [num_pages x page_tokens][kv heads][head_dim padded], in one pass.
+struct PageCopy {
+  u8* layer;             // [pages][kv heads][keys, values][page]
+  const long long* ids;  // [num_pages]
+  uint2* keys;           // four channels each
+  uint2* values;
+
+  // One thread: two neighbouring positions of four neighbouring channels. Rows from num_tokens on are stored as zeros.
+  template <bool store>
+  __device__ __forceinline__ void run(int num_pages, int num_tokens) const {
+    constexpr u32 quads = head_dim_padded / 4;
+    const u32 at = blockIdx.x * prefill_threads + threadIdx.x;
+    const int dim = at % quads * 4;
+    const int head = at / quads % config::num_kv_heads;
+    const int position = at / (quads * config::num_kv_heads) * 2;
+    const int page = position / config::page_tokens;
+    if (page >= num_pages) return;
+    const int token = position % config::page_tokens;
+    u8* stored_keys = layer + (u64(ids[page]) * config::num_kv_heads + head) * (2 * page_bytes);
+    u8* stored_values = stored_keys + page_bytes;
+    const u64 plain = (u64(position) * config::num_kv_heads + head) * quads + dim / 4;
+    uint2 value[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint2* plain_key = keys + plain + i * config::num_kv_heads * quads;
+      uint2* plain_value = values + plain + i * config::num_kv_heads * quads;
+      uint2* stored_key = reinterpret_cast<uint2*>(stored_keys + key_offset(token + i, dim));
+      if constexpr (store) {
+        const bool exists = position + i < num_tokens;
+        *stored_key = exists ? *plain_key : make_uint2(0, 0);
+        value[i] = exists ? *plain_value : make_uint2(0, 0);
+      } else {
+        *plain_key = *stored_key;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {  // a stored word is one channel of both positions
+      u32* word = reinterpret_cast<u32*>(stored_values + value_offset(token, dim + c));
+      u32& low = c / 2 ? value[0].y : value[0].x;
+      u32& high = c / 2 ? value[1].y : value[1].x;
+      if constexpr (store) {
+        *word = low >> c % 2 * 16 & 0xffff | high >> c % 2 * 16 << 16;
+      } else {
+        const u32 both = *word;
+        low = c % 2 ? low | both << 16 : both & 0xffff;
+        high = c % 2 ? high | both >> 16 << 16 : both >> 16;
+      }
+    }
+    if constexpr (!store) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) values[plain + i * config::num_kv_heads * quads] = value[i];
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(prefill_threads) 
+    load_pages(u8* layer, const long long* ids, uint2* keys, uint2* values, int num_pages) {
+  PageCopy{layer, ids, keys, values}.run<false>(num_pages, 0);
+}
+extern "C" __global__ void __launch_bounds__(prefill_threads)
+    store_pages(u8* layer, const long long* ids, uint2* keys, uint2* values, int num_pages, int num_tokens) {
+  PageCopy{layer, ids, keys, values}.run<true>(num_pages, num_tokens);
 }
