@@ -133,6 +133,10 @@ class Serving:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    @property
+    def connections(self):
+        return len(self.server.connections)
+
     def connect(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 

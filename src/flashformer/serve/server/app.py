@@ -26,6 +26,7 @@ def make_app(
 ) -> Guard:
     """Everything that a connection meets."""
     ticker = Ticker()
+    routes = make_routes(client, ticker, endpoints)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -34,12 +35,12 @@ def make_app(
         ticking.cancel()
 
     app = Starlette(
-        routes=make_routes(client, ticker, endpoints),
+        routes=routes,
         exception_handlers={HTTPException: _no_route},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    return Guard(app, options)
+    return Guard(app, options, routes)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

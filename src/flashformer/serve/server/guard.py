@@ -14,6 +14,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 
+from starlette.routing import Route
+
 from flashformer.serve.server.errors import Problem, send_problem
 from flashformer.serve.server.exchange import (
     Event,
@@ -40,8 +42,9 @@ _log = logging.getLogger("flashformer.server")
 class Guard:
     """The outermost application."""
 
-    def __init__(self, app: App, options: ServeOptions) -> None:
+    def __init__(self, app: App, options: ServeOptions, routes: Sequence[Route]) -> None:
         self._app = app
+        self.routes = routes
         self._limits = options.limits
         self._digests = [_digest(key.encode()) for key in options.api_keys]
         self._hosts = _allowed_hosts(options)
@@ -183,8 +186,3 @@ def _shown(scope: Scope) -> str:
     """The path as it is safe in a log."""
     raw = bytes(scope.get("raw_path") or b"")[:200]
     return raw.decode("ascii", "replace").encode("unicode_escape").decode()
-
-
-def hidden(keys: Sequence[str]) -> str:
-    """How many keys there are, without any of them."""
-    return "no key" if not keys else "a key" if len(keys) == 1 else f"{len(keys)} keys"

@@ -48,9 +48,10 @@ class Server:
         self._on_ready = on_ready
         self._stops: list[int] = []
         self._stopping = asyncio.Event()
-        self._uvicorn = _Uvicorn(_config(options, make_app(options, self.client, endpoints)))
-        connections = self._uvicorn.server_state.connections
-        self.client.metrics.connections.set_function(lambda: len(connections))
+        self.app = make_app(options, self.client, endpoints)
+        self._uvicorn = _Uvicorn(_config(options, self.app))
+        self.connections = self._uvicorn.server_state.connections  # those of clients
+        self.client.metrics.connections.set_function(lambda: len(self.connections))
 
     @property
     def url(self) -> str:
