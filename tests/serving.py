@@ -152,7 +152,7 @@ class Serving:
             connection.request(verb, path, content, {**named, **(headers or {})})
             answer = connection.getresponse()
             data = answer.read()
-            if answer.headers.get_content_type() == "application/json":
+            if data and answer.headers.get_content_type() == "application/json":
                 data = json.loads(data)
             return answer.status, data, answer.headers
         finally:

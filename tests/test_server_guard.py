@@ -218,7 +218,7 @@ def test_nothing_of_a_request_is_in_the_log_or_the_metrics(limited, caplog):
     caplog.set_level("DEBUG")
     canary = "canary-7c1f"
     limited.ask(body={"stop": canary, "max_tokens": 2}, headers={"Authorization": canary})
-    limited.ask(body={"unknown": canary})
+    assert limited.ask(body={"prompts": [[1]], "stop": [canary] * 99})[0] == 400
     limited.ask(f"/v1/models?key={canary}")
     assert canary not in limited.ask("/metrics")[1].decode()
     assert canary not in "\n".join(r.getMessage() for r in caplog.records)
