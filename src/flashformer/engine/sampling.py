@@ -3,11 +3,10 @@
 keyword arguments -> `SamplingParams`; `check_vocabulary` compares it with a model.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
-from typing import SupportsFloat, SupportsIndex
 
+from flashformer.engine.checks import boolean, integer, number, shown, text, token_ids
 from flashformer.errors import ParameterError
 
 MAX_SEQUENCES = 8
@@ -58,7 +57,7 @@ class SamplingParams:
                 )
             self._set("max_tokens", max_new_tokens)
         if do_sample is not None:
-            _boolean("do_sample", do_sample)
+            boolean("do_sample", do_sample)
             if not do_sample:
                 self._set("temperature", 0.0)
         self._check_choice()
@@ -95,42 +94,42 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
             ("repetition_penalty", 0.01, 10.0),
         ):
-            self._set(name, _number(name, getattr(self, name), low, high))
-        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0))
+            self._set(name, number(name, getattr(self, name), low, high))
+        self._set("top_p", number("top_p", self.top_p, 0.0, 1.0))
         if self.top_p == 0.0:
             raise ParameterError("top_p", "must be above 0; 1 switches it off")
-        self._set("top_k", max(0, _integer("top_k", self.top_k, -1, 2**31 - 1)))
+        self._set("top_k", max(0, integer("top_k", self.top_k, -1, 2**31 - 1)))
         if self.seed is not None:
-            self._set("seed", _integer("seed", self.seed, 0, 2**64 - 1))
+            self._set("seed", integer("seed", self.seed, 0, 2**64 - 1))
         if self.logit_bias is not None:
             self._set("logit_bias", _bias(self.logit_bias))
         if self.allowed_token_ids is not None:
-            ids = _token_ids("allowed_token_ids", self.allowed_token_ids, 2**31)
+            ids = token_ids("allowed_token_ids", self.allowed_token_ids, 2**31)
             if not ids:
                 raise ParameterError("allowed_token_ids", "must hold at least one token id")
             self._set("allowed_token_ids", tuple(sorted(set(ids))))
 
     def _check_end(self) -> None:
         self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
-        self._set("n", _integer("n", self.n, 1, MAX_SEQUENCES))
+        self._set("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
+        self._set("n", integer("n", self.n, 1, MAX_SEQUENCES))
         if self.max_tokens is not None:
-            self._set("max_tokens", _integer("max_tokens", self.max_tokens, 1, 2**31 - 1))
-        self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0, 2**31 - 1))
+            self._set("max_tokens", integer("max_tokens", self.max_tokens, 1, 2**31 - 1))
+        self._set("min_tokens", integer("min_tokens", self.min_tokens, 0, 2**31 - 1))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ParameterError(
                 "min_tokens",
                 f"must not exceed max_tokens, but {self.min_tokens} > {self.max_tokens}",
             )
-        _boolean("ignore_eos", self.ignore_eos)
+        boolean("ignore_eos", self.ignore_eos)
 
     def _check_report(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                self._set(name, _integer(name, value, 0, MAX_LOGPROBS))
+                self._set(name, integer(name, value, 0, MAX_LOGPROBS))
         for name in ("skip_special_tokens", "include_stop_str_in_output"):
-            _boolean(name, getattr(self, name))
+            boolean(name, getattr(self, name))
 
 
 def check_vocabulary(
@@ -160,54 +159,18 @@ def check_vocabulary(
             )
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int; numpy integers count, booleans and floats do not."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise ParameterError(name, f"must be an integer, not {_shown(value)}")
-    number = int(value.__index__())
-    if not low <= number <= high:
-        raise ParameterError(name, f"must be between {low} and {high}, not {_shown(number)}")
-    return number
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
-        raise ParameterError(name, f"must be a number, not {_shown(value)}")
-    try:
-        number = float(value)
-    except (OverflowError, TypeError, ValueError):
-        number = math.nan
-    if not low <= number <= high:  # false for NaN too
-        raise ParameterError(name, f"must be between {low:g} and {high:g}, not {_shown(value)}")
-    return number
-
-
-def _boolean(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ParameterError(name, f"must be true or false, not {_shown(value)}")
-
-
-def _token_ids(name: str, value: object, limit: int) -> tuple[int, ...]:
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise ParameterError(name, f"must be a list of token ids, not {_shown(value)}")
-    ids = tuple(value)
-    if len(ids) > limit:
-        raise ParameterError(name, f"may hold at most {limit} token ids, not {len(ids)}")
-    return tuple(_integer(name, token_id, 0, 2**31 - 1) for token_id in ids)
-
-
 def _bias(value: object) -> dict[int, float]:
     name = "logit_bias"
     if not isinstance(value, Mapping):
-        raise ParameterError(name, f"must map token ids to numbers, not be {_shown(value)}")
+        raise ParameterError(name, f"must map token ids to numbers, not be {shown(value)}")
     if len(value) > MAX_BIASED_IDS:
         raise ParameterError(name, f"may name at most {MAX_BIASED_IDS} tokens, not {len(value)}")
     bias = {}
-    for key, number in value.items():
+    for key, added in value.items():
         # JSON has no integer keys: "17" is how a client writes token 17.
         is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
-        token_id = _integer(name, int(key) if is_text else key, 0, 2**31 - 1)
-        bias[token_id] = _number(name, number, -MAX_BIAS, MAX_BIAS)
+        token_id = integer(name, int(key) if is_text else key, 0, 2**31 - 1)
+        bias[token_id] = number(name, added, -MAX_BIAS, MAX_BIAS)
     return bias
 
 
@@ -215,7 +178,7 @@ def _stop_strings(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
-        raise ParameterError("stop", f"must be a string or a list of strings, not {_shown(value)}")
+        raise ParameterError("stop", f"must be a string or a list of strings, not {shown(value)}")
     strings = (value,) if isinstance(value, str) else tuple(value)
     if len(strings) > MAX_STOP_STRINGS:
         raise ParameterError(
@@ -223,18 +186,8 @@ def _stop_strings(value: object) -> tuple[str, ...]:
         )
     for string in strings:
         if not isinstance(string, str):
-            raise ParameterError("stop", f"must hold strings only, not {_shown(string)}")
+            raise ParameterError("stop", f"must hold strings only, not {shown(string)}")
         if not string:
             raise ParameterError("stop", "must not hold an empty string: it would stop at once")
-        # "surrogatepass": a lone surrogate is measured here and can never occur in any text.
-        if len(string.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
-            raise ParameterError("stop", f"may hold strings of at most {MAX_STOP_BYTES} bytes")
+        text("stop", string, MAX_STOP_BYTES)
     return strings
-
-
-def _shown(value: object) -> str:
-    """`value` as it appears in a sentence, never long."""
-    if isinstance(value, int) and abs(value) >= 10**18:
-        return "a number of more than 18 digits"
-    text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
-    return text if len(text) <= 40 else text[:37] + "..."

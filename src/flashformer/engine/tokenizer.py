@@ -109,6 +109,11 @@ class Tokenizer:
         """The id of the configured end-of-sequence token."""
         return self.token_id(self.special_tokens.get("eos_token", ""))
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that stands for this tokenizer."""
+        content: str = self._backend.to_str()
+        return content
+
     def token_id(self, token: str) -> int | None:
         """The id of a token's exact spelling."""
         token_id: int | None = self._backend.token_to_id(token) if token else None

@@ -1,0 +1,1 @@
+"""What clients say and what they hear: request bodies, checks, parsers, response bodies. No IO."""
