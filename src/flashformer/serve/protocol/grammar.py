@@ -121,7 +121,7 @@ class GrammarCompiler:
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         if len(grammar.source.encode("utf-8", "replace")) > MAX_SOURCE_BYTES:
-            raise ParameterError("grammar", f"may hold at most {MAX_SOURCE_BYTES} bytes")
+            raise ParameterError(grammar.field, f"may hold at most {MAX_SOURCE_BYTES} bytes")
         made: list[LLMatcher] = []
 
         def work() -> None:
@@ -133,11 +133,11 @@ class GrammarCompiler:
         thread.join(self._max_seconds)  # one that takes longer ends at the compiler's own limits
         if not made:
             raise ParameterError(
-                "grammar",
+                grammar.field,
                 f"could not be compiled within {self._max_seconds:g} seconds; make it simpler",
             )
         if made[0].is_error():
-            raise ParameterError("grammar", f"is not usable: {_first_line(made[0])}")
+            raise ParameterError(grammar.field, f"is not usable: {_first_line(made[0])}")
         return made[0]
 
     def _keep(self, grammar: Grammar, compiled: CompiledGrammar) -> None:

@@ -3,7 +3,7 @@
 body -> `Endpoint.parse` -> `ParsedRequest` -> prompts as token ids -> events -> `Responder` -> text
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,8 @@ class TextPrompt:
     text: str
     add_special_tokens: bool = True
 
+
+Decode = Callable[[Sequence[int]], str]  # token ids -> text, with special tokens
 
 Prompt = ChatPrompt | TextPrompt | tuple[int, ...]  # a tuple holds token ids
 
@@ -92,12 +94,13 @@ class ParsedRequest(Protocol):
         """How tokens are chosen, with the model's defaults where the client named nothing."""
         ...
 
-    @property
-    def grammar(self) -> Grammar | None:
-        """What the text must look like."""
+    def grammar(self, prompts: Sequence[Sequence[int]], decode: Decode) -> Grammar | None:
+        """What the text must look like behind these prompts: they may have begun to reason."""
         ...
 
-    def responder(self, request_id: str, prompts: Sequence[Sequence[int]]) -> Responder:
+    def responder(
+        self, request_id: str, prompts: Sequence[Sequence[int]], decode: Decode
+    ) -> Responder:
         """Who answers, now that the prompts' token ids are known (for usage and echo)."""
         ...
 

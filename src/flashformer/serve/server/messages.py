@@ -20,6 +20,7 @@ class Grammar:
 
     kind: str  # one of GRAMMAR_KINDS
     source: str = ""  # the schema as JSON text, the regular expression, or the lark grammar
+    field: str = "response_format"  # of the request that asked for it, for errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class ModelInfo:
     bos_token_id: int | None = None
     has_tokenizer: bool = True
     has_chat_template: bool = False
+    chat_template: str = ""  # its source, which shows how the model writes calls and reasoning
 
 
 class ServerError(FlashFormerError):

@@ -1,0 +1,310 @@
+"""Tool calls in a growing text, in the formats of the families.
+
+text as it comes -> `Content`, `CallBegin`, `CallArguments`. The pieces together do not depend on
+where the text is cut. What looks like a call and is none stays text.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from flashformer.serve.protocol.pieces import Content, Piece
+from flashformer.serve.protocol.scanner import MAX_NAME, CallScanner
+
+HERMES_OPEN, HERMES_CLOSE = "<tool_call>", "</tool_call>"
+MISTRAL_OPEN = "[TOOL_CALLS]"
+LLAMA_OPEN = "<|python_tag|>"
+_SPACE = " \t\r\n"
+_MISTRAL_NAME = re.compile(r"([\w.:-]+)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*)?")
+_LONGEST_HEAD = MAX_NAME + 64  # of a call in Mistral's later format, before its arguments
+
+
+class ToolParser(Protocol):
+    """The state of one answer."""
+
+    def add(self, text: str) -> list[Piece]:
+        """The pieces that became certain with this text."""
+        ...
+
+    def finish(self) -> list[Piece]:
+        """The rest, now that nothing follows."""
+        ...
+
+
+def held_back(text: str, tag: str) -> int:
+    """Length of the end of `text` that may start `tag`, with the white space before it."""
+    for length in range(min(len(tag) - 1, len(text)), 0, -1):
+        if tag.startswith(text[len(text) - length :]):
+            break
+    else:
+        length = 0
+    return len(text) - len(text[: len(text) - length].rstrip(_SPACE))
+
+
+def content(text: str) -> list[Piece]:
+    """A piece, unless it would be empty."""
+    return [Content(text)] if text else []
+
+
+class _Parser:
+    """Common to all formats: a pending text and the states that consume it."""
+
+    def __init__(self, state: "Callable[[], list[Piece] | None]") -> None:
+        self._state = state  # consumes pending text; None: it needs more
+        self._pending = ""
+        self._scanner: CallScanner | None = None
+        self._count = 0
+        self._head = ""  # what stood before the call, in case it is none
+
+    def add(self, text: str) -> list[Piece]:
+        """See `ToolParser`."""
+        self._pending += text
+        pieces: list[Piece] = []
+        while self._pending:
+            news = self._state()
+            if news is None:
+                break
+            pieces += news
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """See `ToolParser`."""
+        scanner, self._scanner = self._scanner, None
+        rest, self._pending = self._pending, ""
+        if scanner is None:
+            return content(rest if self._keeps_rest() else "")
+        return [] if scanner.begun else content(self._head + scanner.raw + rest)
+
+    def _keeps_rest(self) -> bool:
+        return True
+
+    def _begin_call(self, head: str, names: frozenset[str] | None = None) -> None:
+        self._head = head
+        self._scanner = CallScanner(self._count, names)
+
+    def _scan(self) -> tuple[list[Piece], bool]:
+        """Feed the scanner; its pieces, and whether it is at its end."""
+        scanner = self._scanner
+        assert scanner is not None
+        pieces: list[Piece] = []
+        for place, character in enumerate(self._pending, 1):
+            pieces += scanner.feed(character)
+            if scanner.done or scanner.failed:
+                self._pending = self._pending[place:]
+                return pieces, True
+        self._pending = ""
+        return pieces, False
+
+    def _end_call(self) -> list[Piece]:
+        """Count a call; one that never began is text after all."""
+        scanner, self._scanner = self._scanner, None
+        assert scanner is not None
+        if scanner.begun:
+            self._count += 1
+            return []
+        return content(self._head + scanner.raw)
+
+    def _drop_space(self) -> bool:
+        """Whether there is anything but white space."""
+        self._pending = self._pending.lstrip(_SPACE)
+        return bool(self._pending)
+
+
+class HermesParser(_Parser):
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen and many others."""
+
+    def __init__(self) -> None:
+        super().__init__(self._in_text)
+
+    def _in_text(self) -> list[Piece] | None:
+        place = self._pending.find(HERMES_OPEN)
+        if place < 0:
+            keep = held_back(self._pending, HERMES_OPEN)
+            text = self._pending[: len(self._pending) - keep]
+            self._pending = self._pending[len(text) :]
+            return content(text) or None
+        text = self._pending[:place].rstrip(_SPACE)
+        self._pending = self._pending[place + len(HERMES_OPEN) :]
+        self._begin_call(HERMES_OPEN)
+        self._state = self._in_call
+        return content(text)
+
+    def _in_call(self) -> list[Piece] | None:
+        pieces, ended = self._scan()
+        if ended:
+            assert self._scanner is not None
+            self._state = self._behind_call if self._scanner.begun else self._in_text
+            pieces += self._end_call()
+        return pieces
+
+    def _behind_call(self) -> list[Piece] | None:
+        if not self._drop_space():
+            return None
+        if HERMES_CLOSE.startswith(self._pending) and self._pending != HERMES_CLOSE:
+            return None
+        self._pending = self._pending.removeprefix(HERMES_CLOSE)
+        self._state = self._between
+        return []
+
+    def _between(self) -> list[Piece] | None:
+        if not self._drop_space():
+            return None
+        self._state = self._in_text
+        return []
+
+    def _keeps_rest(self) -> bool:
+        return self._state != self._behind_call
+
+
+class LlamaParser(_Parser):
+    """`{"name": ..., "parameters": {...}}`, perhaps several behind `;`, as the whole answer.
+
+    Only objects that name a function of the request are calls; any other text is text.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(self._at_start)
+        self._names = frozenset(names)
+
+    def _at_start(self) -> list[Piece] | None:
+        text = self._pending.lstrip(_SPACE)
+        if not text or (LLAMA_OPEN.startswith(text) and text != LLAMA_OPEN):
+            return None
+        if text.startswith(LLAMA_OPEN):
+            self._pending = text[len(LLAMA_OPEN) :]
+            self._state = self._behind_tag
+            return []
+        return self._call_or_text()
+
+    def _behind_tag(self) -> list[Piece] | None:
+        return self._call_or_text() if self._pending.lstrip(_SPACE) else None
+
+    def _call_or_text(self) -> list[Piece] | None:
+        text = self._pending.lstrip(_SPACE)
+        if not text.startswith("{"):
+            self._state = self._in_text
+            return []
+        self._begin_call(self._pending[: len(self._pending) - len(text)], self._names)
+        self._pending = text
+        self._state = self._in_call
+        return []
+
+    def _in_call(self) -> list[Piece] | None:
+        pieces, ended = self._scan()
+        if ended:
+            assert self._scanner is not None
+            self._state = self._between if self._scanner.begun else self._in_text
+            pieces += self._end_call()
+        return pieces
+
+    def _between(self) -> list[Piece] | None:
+        text = self._pending.lstrip(_SPACE + ";")
+        if not text:
+            return None
+        self._pending = text
+        return self._call_or_text()
+
+    def _in_text(self) -> list[Piece] | None:
+        text, self._pending = self._pending, ""
+        return content(text)
+
+    def _keeps_rest(self) -> bool:
+        return self._state != self._between
+
+
+class MistralParser(_Parser):
+    """`[TOOL_CALLS][{"name": ..., "arguments": ...}]`, or `[TOOL_CALLS]name{...}` for each call."""
+
+    def __init__(self, *, inside: bool = False) -> None:
+        """`inside`: the text begins behind the tag."""
+        super().__init__(self._behind_tag if inside else self._in_text)
+        self._tag = "" if inside else MISTRAL_OPEN
+
+    def _in_text(self) -> list[Piece] | None:
+        place = self._pending.find(MISTRAL_OPEN)
+        if place < 0:
+            keep = held_back(self._pending, MISTRAL_OPEN)
+            text = self._pending[: len(self._pending) - keep]
+            self._pending = self._pending[len(text) :]
+            return content(text) or None
+        text = self._pending[:place].rstrip(_SPACE)
+        self._pending = self._pending[place + len(MISTRAL_OPEN) :]
+        self._tag = MISTRAL_OPEN
+        self._state = self._behind_tag
+        return content(text)
+
+    def _behind_tag(self) -> list[Piece] | None:
+        if not self._drop_space():
+            return None
+        if self._pending.startswith("["):
+            self._pending = self._pending[1:]
+            self._state = self._in_array
+            return []
+        return self._named_call()
+
+    def _named_call(self) -> list[Piece] | None:
+        match = _MISTRAL_NAME.match(self._pending)
+        end = match.end() if match else 0
+        rest = self._pending[end:]
+        if match and rest.startswith("{") and len(match[1]) <= MAX_NAME:
+            self._head = self._tag
+            self._scanner = CallScanner.named(self._count, match[1], self._pending[:end])
+            self._pending = rest
+            self._state = self._in_named_call
+            return []
+        unsure = not rest or "[ARGS]".startswith(rest) or "[CALL_ID]".startswith(rest)
+        if match and unsure and len(self._pending) < _LONGEST_HEAD:
+            return None
+        text, self._pending = self._tag + self._pending[: end + 1], self._pending[end + 1 :]
+        self._state = self._in_text
+        return content(text)
+
+    def _in_named_call(self) -> list[Piece] | None:
+        scanner = self._scanner
+        assert scanner is not None
+        pieces: list[Piece] = []
+        for place, character in enumerate(self._pending, 1):
+            pieces += scanner.feed(character)
+            if scanner.after_value:
+                self._pending = self._pending[place:]
+                pieces += scanner.feed("}")
+                pieces += self._end_call()
+                self._state = self._between
+                return pieces
+        self._pending = ""
+        return pieces
+
+    def _between(self) -> list[Piece] | None:
+        if not self._drop_space():
+            return None
+        self._state = self._in_text
+        return []
+
+    def _in_array(self) -> list[Piece] | None:
+        self._pending = self._pending.lstrip(_SPACE + ",")
+        if not self._pending:
+            return None
+        if self._pending[0] == "]":
+            self._pending = self._pending[1:]
+            self._state = self._between
+            return []
+        self._begin_call(self._tag + "[" if not self._count else "")
+        self._state = self._in_element
+        return []
+
+    def _in_element(self) -> list[Piece] | None:
+        pieces, ended = self._scan()
+        if ended:
+            assert self._scanner is not None
+            self._state = self._in_array if self._scanner.begun else self._in_text
+            pieces += self._end_call()
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """See `ToolParser`."""
+        if self._state == self._behind_tag:  # a tag, and no call behind it
+            self._pending = self._tag + self._pending
+        return super().finish()
+
+    def _keeps_rest(self) -> bool:
+        return self._state != self._in_array
