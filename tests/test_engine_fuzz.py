@@ -29,9 +29,11 @@ PARAMS = [
 class EngineMachine(RuleBasedStateMachine):
     """Few pages, small batches, shared prefixes, a poisoned token, a backend that may fail."""
 
+    prompt_rows = 0
+
     def __init__(self):
         super().__init__()
-        plan = fake_plan(context=32, max_batch=3, max_rows=8)
+        plan = fake_plan(context=32, max_batch=3, max_rows=8, prompt_rows=self.prompt_rows)
         self.backend = FakeBackend(
             plan, num_pages=14, poison={60}, fail_steps=set(range(9, 999, 9))
         )
@@ -125,13 +127,21 @@ def definition(request, index):
     return tokens[len(request.prompt_token_ids) :], "length"
 
 
-EngineMachine.TestCase.settings = settings(
-    max_examples=40,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+class PromptRowsMachine(EngineMachine):
+    """The same where a prompt has rows of its own in a step."""
+
+    prompt_rows = 7
+
+
+for machine in (EngineMachine, PromptRowsMachine):
+    machine.TestCase.settings = settings(
+        max_examples=40,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 TestEngineMachine = EngineMachine.TestCase
+TestPromptRowsMachine = PromptRowsMachine.TestCase
 
 
 STEPS = {"queued": 1, "prompt": 2, "first token": 0, "middle": 0, "last token": 0}
