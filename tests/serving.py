@@ -62,9 +62,12 @@ class RawRequest:
     stream: bool
     prompts: list
     params: SamplingParams
-    grammar: Grammar | None = None
+    form: Grammar | None = None
 
-    def responder(self, request_id, prompts):
+    def grammar(self, prompts, decode):
+        return self.form
+
+    def responder(self, request_id, prompts, decode):
         return RawResponder()
 
 

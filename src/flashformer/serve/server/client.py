@@ -14,7 +14,7 @@ from typing import Any
 from flashformer.engine.chat import ChatTemplates
 from flashformer.engine.tokenizer import Tokenizer
 from flashformer.serve.server import wire
-from flashformer.serve.server.flight import Flight
+from flashformer.serve.server.flight import Flight, require_room
 from flashformer.serve.server.helpers import HelperPool
 from flashformer.serve.server.live import LiveStats, Recorder, Slot
 from flashformer.serve.server.messages import (
@@ -189,6 +189,12 @@ class EngineClient:
                 )
         return self._tokenizer().decode(token_ids, skip_special_tokens=False)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of checked token ids, special tokens included; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
     def stats(self) -> LiveStats:
         """What the machine does right now."""
         slots = tuple(
@@ -292,21 +298,7 @@ class EngineClient:
             raise ServerError(self._down, code="engine_down")
         if self.draining:
             raise ServerError("the server is shutting down.", code="draining", retry_after=5)
-        wanted = len(request.prompts) * request.params.n
-        room = info.max_batch + limits.queue_sequences
-        if not request.prompts or wanted > room:
-            raise RejectedError(
-                f"a request may ask for 1 to {room} texts (prompts times n), not {wanted}.", "n"
-            )
-        queued = sum(flight.num_open for flight in self._open.values())
-        tokens = sum(flight.num_prompt_tokens for flight in self._open.values())
-        if queued + wanted > room or tokens > limits.queue_tokens:
-            raise ServerError(
-                f"the queue is full: {queued} texts are being written or wait; try again later.",
-                status=429,
-                code="queue_full",
-                retry_after=1,
-            )
+        require_room(request, self._open.values(), info.max_batch, limits)
 
     async def _check_grammar(self, grammar: Grammar) -> None:
         assert self._helpers is not None

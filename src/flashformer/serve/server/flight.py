@@ -2,10 +2,17 @@
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import fields
 
 from flashformer.serve.server import wire
-from flashformer.serve.server.messages import GenerateEvent, GenerateRequest, ServerError
+from flashformer.serve.server.messages import (
+    GenerateEvent,
+    GenerateRequest,
+    RejectedError,
+    ServerError,
+)
+from flashformer.serve.server.settings import Limits
 
 MAX_UNREAD_EVENTS = 8192  # that wait for a client; beyond, it is too slow to be served
 
@@ -111,3 +118,25 @@ class Flight:
     def exhausted(self) -> bool:
         """Whether the reader has had everything."""
         return self.num_open == 0 and not self._inbox
+
+
+def require_room(
+    request: GenerateRequest, flights: Iterable[Flight], max_batch: int, limits: Limits
+) -> None:
+    """Raise for a request that asks for more than can ever wait, or for more than can wait now."""
+    wanted = len(request.prompts) * request.params.n
+    room = max_batch + limits.queue_sequences
+    if not 1 <= wanted <= room:
+        raise RejectedError(
+            f"a request may ask for 1 to {room} texts (prompts times n), not {wanted}.", "n"
+        )
+    open_flights = list(flights)
+    taken = sum(flight.num_open for flight in open_flights)
+    tokens = sum(flight.num_prompt_tokens for flight in open_flights)
+    if taken + wanted > room or tokens > limits.queue_tokens:
+        raise ServerError(
+            f"the queue is full: {taken} texts are being written or wait; try again later.",
+            status=429,
+            code="queue_full",
+            retry_after=1,
+        )

@@ -41,9 +41,13 @@ class Generation:
         responder: Responder | None = None
         try:
             prompts = [await self._token_ids(prompt) for prompt in parsed.prompts]
-            responder = parsed.responder(exchange.request_id, prompts)
+            decode = self._client.decode
+            responder = parsed.responder(exchange.request_id, prompts, decode)
             request = GenerateRequest(
-                exchange.request_id, tuple(map(tuple, prompts)), parsed.params, parsed.grammar
+                exchange.request_id,
+                tuple(map(tuple, prompts)),
+                parsed.params,
+                parsed.grammar(prompts, decode),
             )
             if parsed.stream:
                 await self._stream(exchange, request, responder)

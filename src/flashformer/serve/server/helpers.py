@@ -117,10 +117,10 @@ class HelperPool:
             raise RejectedError(
                 f"the grammar was not compiled within {self._limits.grammar_time:g} s and its "
                 "memory; make it simpler.",
-                "response_format",
+                grammar.field,
             )
         if done.error is not None:
-            raise RejectedError(done.error, done.parameter or "response_format")
+            raise RejectedError(done.error, grammar.field)
         self._known[grammar] = None
         if len(self._known) > _MAX_KNOWN:
             self._known.popitem(last=False)

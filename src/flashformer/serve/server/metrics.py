@@ -38,6 +38,7 @@ class Metrics:
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV pages in use; 1: all.")
         self.bandwidth = self._gauge("achieved_bytes_per_second", "Bytes of a step over its time.")
         self.connections = self._gauge("open_connections", "TCP connections of clients.")
+        self.tasks = self._gauge("event_loop_tasks", "Tasks of the HTTP process.")
 
     def _make_counters(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of started requests.")

@@ -52,6 +52,7 @@ class Server:
         self._uvicorn = _Uvicorn(_config(options, self.app))
         self.connections = self._uvicorn.server_state.connections  # those of clients
         self.client.metrics.connections.set_function(lambda: len(self.connections))
+        self.client.metrics.tasks.set_function(lambda: len(asyncio.all_tasks()))
 
     @property
     def url(self) -> str:
