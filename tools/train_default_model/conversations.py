@@ -49,7 +49,7 @@ ASK_ABOUT = (
 )
 GREETINGS = ("Hello", "Hello!", "Hi", "Hi!", "Hey", "hello", "hi", "Good morning", "Hello, world!")
 GREETING = "Hello! I am FlashFormer's small default model. Ask me about Python."
-ABOUT_REPEATS = 12
+ABOUT_REPEATS = 30
 
 
 class Exchange(NamedTuple):

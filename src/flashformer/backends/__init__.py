@@ -15,7 +15,7 @@ from flashformer.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from flashformer.backends.base import Backend
+    from flashformer.backends.base import Backend, Timed
     from flashformer.codegen.image_file import Progress
     from flashformer.model.spec import ModelSpec
     from flashformer.model.weights import WeightSource
@@ -55,6 +55,38 @@ def open_backend(
     from flashformer.backends.cpu.backend import open_cpu
 
     return open_cpu(spec, weights, options, num_pages, threads, progress)
+
+
+def open_profiled(
+    device: str,
+    spec: ModelSpec,
+    weights: WeightSource,
+    options: PlanOptions,
+    *,
+    num_pages: int,
+    trace_moments: int,
+    progress: Progress | None = None,
+) -> Timed:
+    """The backend of `device` with a timeline of so many moments compiled in; cuda alone has one.
+
+    Raises `UsageError` for another device, and what `open_backend` raises.
+    """
+    if not _is_cuda(device):
+        raise UsageError(
+            f"a timeline is recorded by the CUDA kernel alone, and device {device} is not a GPU; "
+            "use `flashformer bench` for the speed of a CPU"
+        )
+    from flashformer.codegen.instruments import Instruments
+
+    backend: Timed = _cuda("open_cuda")(
+        spec,
+        weights,
+        options,
+        num_pages=num_pages,
+        progress=progress,
+        instruments=Instruments(trace_moments=trace_moments),
+    )
+    return backend
 
 
 def machine_of(device: str, spec: ModelSpec, threads: int | None = None) -> Machine:

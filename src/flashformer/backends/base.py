@@ -71,3 +71,11 @@ class DecodesMany(Protocol):
     ) -> Int32:
         """Greedy tokens of all rows, each fed back: int32 [num_steps, rows]."""
         ...
+
+
+class Timed(Backend, Protocol):
+    """A backend whose kernel writes down what it does when."""
+
+    def timeline(self) -> npt.NDArray[np.uint64]:
+        """The last launch's moments (codegen/instruments.py): [num_ctas, tracks, moments, 2]."""
+        ...

@@ -20,6 +20,7 @@ from flashformer.serve.doctor import doctor
 from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK, failure_of, report
 from flashformer.serve.inspect import inspect_model
 from flashformer.serve.plan import show_plan
+from flashformer.serve.profile import profile
 from flashformer.serve.run import run
 from flashformer.serve.serve import serve
 from flashformer.serve.terminal import Terminal
@@ -38,6 +39,7 @@ app.command("inspect")(inspect_model)
 app.command("plan")(show_plan)
 app.command("compile")(compile_model)
 app.command("bench")(bench)
+app.command("profile")(profile)
 app.command("doctor")(doctor)
 app.add_typer(cache_app, name="cache")
 

@@ -48,6 +48,7 @@ def open_cuda(
     *,
     num_pages: int,
     progress: Callable[[str, int, int], None] | None = None,
+    instruments: Instruments = NONE,
 ) -> "CudaBackend":
     """Plan for the first GPU, pack or read the image, compile, and move in.
 
@@ -61,7 +62,8 @@ def open_cuda(
     )
     plan = make_plan(spec, cuda_machine(spec), options)
     _require_memory(plan, num_pages)
-    return CudaBackend(plan, load_image(plan, weights, progress=progress), num_pages)
+    image = load_image(plan, weights, progress=progress)
+    return CudaBackend(plan, image, num_pages, instruments)
 
 
 class CudaBackend:
@@ -212,6 +214,8 @@ class CudaBackend:
         # No packet carries the first tag; the rest holds NaN in tests.
         self._exchange[: None if self._instruments.poison else self._packet_bytes].fill_(255)
         shared = args.x_bytes + args.num_slots * SLOT_BYTES
+        if self._instruments.trace_moments:
+            self.trace.zero_()
         self._kernel.launch(self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args)
         result = out.cpu().numpy()[:, :rows]
         self._check_watchdog()
@@ -270,6 +274,11 @@ class CudaBackend:
         self._check_watchdog()
         kernel.close()
         return float(np.median(samples[1:]))
+
+    def timeline(self) -> npt.NDArray[np.uint64]:
+        """The last launch's moments: [num_ctas, tracks, trace_moments, 2] (serve/benchmark)."""
+        words: npt.NDArray[np.int64] = self.trace.cpu().numpy()
+        return words.view(np.uint64)
 
     def exchange_buffer(self, name: str) -> npt.NDArray[Any]:
         """What the last launch left in a buffer of `codegen.exchange`: [rows, width]."""

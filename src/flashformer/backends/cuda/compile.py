@@ -6,13 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flashformer.backends.cuda.program import build_program
+from flashformer.backends.cuda.validate import check_program
 from flashformer.codegen.cache import compiled
 from flashformer.codegen.cuda_header import render_cuda
 from flashformer.codegen.instruments import NONE, Instruments
 from flashformer.errors import CompileError
 from flashformer.plan.plan import Plan
 
-KERNEL = Path(__file__).parent / "kernel"
+HERE = Path(__file__).parent
+KERNEL = HERE / "kernel"
+PROOF = ("clocks.py", "geometry.py", "program.py", "validate.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,8 @@ class Cubin:
 def compile_kernel(plan: Plan, name: str = "decode", instruments: Instruments = NONE) -> Cubin:
     """kernel/`name`.cu compiled for `plan.machine.arch`, from the cache or now.
 
-    Raises `CompileError` with NVRTC's log.
+    The decoder is compiled only for a plan whose program is proven to end (`validate`); with the
+    kernel, the proof is in the cache. Raises `PlanError`, or `CompileError` with NVRTC's log.
     """
     from cuda.bindings import nvrtc
 
@@ -42,9 +47,12 @@ def compile_kernel(plan: Plan, name: str = "decode", instruments: Instruments = 
     status, *version = nvrtc.nvrtcVersion()
     _check(status)
     key = [f"nvrtc {version}", plan.machine.arch, name, header]
-    key += [text for path in sorted(KERNEL.iterdir()) for text in (path.name, path.read_text())]
+    sources = [*sorted(KERNEL.iterdir()), *(HERE / name for name in PROOF)]
+    key += [text for path in sources for text in (path.name, path.read_text())]
 
     def build(folder: Path) -> None:
+        if name == "decode":
+            check_program(build_program(plan))
         cubin = build_cubin(header, name, plan.machine.arch)
         (folder / "config.h").write_text(header)
         (folder / "resources.json").write_text(json.dumps(asdict(cubin.resources)))

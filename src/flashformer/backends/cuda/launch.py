@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from typing import Any
+from weakref import finalize
 
 from cuda.bindings import driver
 
@@ -73,10 +74,11 @@ class Functions:
     def __init__(self, cubin: Cubin, names: Sequence[str], threads: int) -> None:
         """`threads`: of one CTA, of every kernel."""
         self._threads = threads
-        self._module: Any = check(driver.cuModuleLoadData(cubin.code))
+        module: Any = check(driver.cuModuleLoadData(cubin.code))
         self._functions: dict[str, Any] = {
-            name: check(driver.cuModuleGetFunction(self._module, name.encode())) for name in names
+            name: check(driver.cuModuleGetFunction(module, name.encode())) for name in names
         }
+        finalize(self, driver.cuModuleUnload, module).atexit = False
 
     def launch(self, name: str, num_ctas: int, stream: int, *args: Any) -> None:
         """Start `num_ctas` CTAs of a kernel; `args` are ctypes."""
@@ -86,12 +88,6 @@ class Functions:
         check(
             driver.cuLaunchKernel(function, *grid, *block, 0, stream, ctypes.addressof(pointers), 0)
         )
-
-    def close(self) -> None:
-        """Unload; a second call does nothing."""
-        if self._module is not None:
-            check(driver.cuModuleUnload(self._module))
-            self._module = None
 
 
 def check(result: tuple[Any, ...]) -> Any:
