@@ -15,7 +15,7 @@ from flashformer.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from flashformer.backends.base import Backend, Timed
+    from flashformer.backends.base import Backend, Fit, Timed
     from flashformer.codegen.image_file import Progress
     from flashformer.model.spec import ModelSpec
     from flashformer.model.weights import WeightSource
@@ -87,6 +87,18 @@ def open_profiled(
         instruments=Instruments(trace_moments=trace_moments),
     )
     return backend
+
+
+def gpu_fit(spec: ModelSpec, weight_format: str, batch: int) -> Fit:
+    """What of a model fits the free memory of the GPU. Raises `UsageError` without a GPU."""
+    found: Fit = _cuda("fit")(spec, weight_format, batch)
+    return found
+
+
+def gpu_bandwidth() -> float:
+    """GB/s of the decoder's ring over 2.5 GB of memory. Raises `UsageError` without a GPU."""
+    found: float = _cuda("measure_bandwidth")()
+    return found
 
 
 def machine_of(device: str, spec: ModelSpec, threads: int | None = None) -> Machine:

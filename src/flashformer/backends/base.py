@@ -79,3 +79,14 @@ class Timed(Backend, Protocol):
     def timeline(self) -> npt.NDArray[np.uint64]:
         """The last launch's moments (codegen/instruments.py): [num_ctas, tracks, moments, 2]."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What of a model fits a GPU."""
+
+    format: str  # of the weights
+    weights: int  # bytes
+    past_bytes_per_token: int
+    free: int  # bytes, now
+    context: int  # longest, in tokens, for the batch that was asked for; 0: none

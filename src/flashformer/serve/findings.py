@@ -135,6 +135,8 @@ def cache() -> Finding:
 
 def graphics() -> Iterator[Finding]:
     """NVIDIA driver, GPUs and the run-time compiler, where a driver is."""
+    from flashformer.serve.gpu_findings import compiler_version, gpu_findings
+
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -148,9 +150,12 @@ def graphics() -> Iterator[Finding]:
         return
     driver.cuDriverGetVersion(ctypes.byref(version))
     supported = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    for number in range(count.value):
-        yield Finding("gpu", "ok", f"{_gpu_name(driver, number)}, driver for {supported}")
-    yield cuda_packages()
+    yield Finding("driver", "ok", f"supports {supported}, {count.value} GPU(s)")
+    yield from gpu_findings(driver, count.value)
+    packages = cuda_packages()
+    yield packages
+    if packages.level == "ok":
+        yield compiler_version()
 
 
 def cuda_packages() -> Finding:
@@ -167,11 +172,3 @@ def _is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # the package around it is missing
         return False
-
-
-def _gpu_name(driver: ctypes.CDLL, number: int) -> str:
-    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    if driver.cuDeviceGet(ctypes.byref(device), number):
-        return f"GPU {number}"
-    driver.cuDeviceGetName(name, len(name), device)
-    return name.value.decode(errors="replace")

@@ -1,6 +1,6 @@
 """The CUDA backend: one persistent cooperative kernel runs the whole decoder for many tokens."""
 
-from flashformer.backends.cuda.backend import CudaBackend, open_cuda
+from flashformer.backends.cuda.backend import CudaBackend, fit, measure_bandwidth, open_cuda
 from flashformer.backends.cuda.machine import cuda_machine
 
-__all__ = ["CudaBackend", "cuda_machine", "open_cuda"]
+__all__ = ["CudaBackend", "cuda_machine", "fit", "measure_bandwidth", "open_cuda"]

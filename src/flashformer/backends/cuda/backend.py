@@ -11,17 +11,23 @@ import numpy.typing as npt
 import torch
 from cuda.bindings import driver
 
-from flashformer.backends.base import Int32, StepBatch, StepResult
+from flashformer.backends.base import Fit, Int32, StepBatch, StepResult
 from flashformer.backends.cuda.compile import compile_kernel
 from flashformer.backends.cuda.launch import Kernel, check
 from flashformer.backends.cuda.machine import cuda_machine
-from flashformer.backends.cuda.prefill import Prefill, workspace_bytes
+from flashformer.backends.cuda.memory import (
+    fitting_context,
+    past_bytes_per_token,
+    require_gpu_memory,
+)
+from flashformer.backends.cuda.prefill import Prefill
 from flashformer.codegen.cache import load_image
 from flashformer.codegen.cuda_args import CudaStepArgs
 from flashformer.codegen.cuda_header import MATRICES, SLOT_BYTES, WINDOW_BYTES
 from flashformer.codegen.exchange import exchange, exchange_bytes, padded
 from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
+from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import WeightSource
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
@@ -61,9 +67,31 @@ def open_cuda(
         head_format=_sixteen_bits(options.head_format),
     )
     plan = make_plan(spec, cuda_machine(spec), options)
-    _require_memory(plan, num_pages)
+    check(driver.cuInit(0))
+    require_gpu_memory(plan, num_pages, torch.cuda.mem_get_info(0)[0])
     image = load_image(plan, weights, progress=progress)
     return CudaBackend(plan, image, num_pages, instruments)
+
+
+def fit(spec: ModelSpec, weight_format: str, batch: int) -> Fit:
+    """What of a model fits the memory that the first GPU has free."""
+    name = _sixteen_bits(weight_format)
+    plan = make_plan(spec, cuda_machine(spec), PlanOptions(name, name, 1, batch))
+    free = torch.cuda.mem_get_info(0)[0]
+    past = past_bytes_per_token(plan)
+    return Fit(name, plan.image_bytes, past, free, fitting_context(plan, free))
+
+
+def measure_bandwidth() -> float:
+    """`CudaBackend.read_bandwidth` over memory that holds no model."""
+    spec = ModelSpec.from_hf(SHAPES["llama-3.2-1b"])
+    plan = make_plan(spec, cuda_machine(spec), PlanOptions(context=64, max_batch=1))
+    require_gpu_memory(plan, 1, torch.cuda.mem_get_info(0)[0])
+    image = torch.zeros(plan.image_bytes, dtype=torch.uint8, device="cuda")
+    backend = CudaBackend(plan, image, num_pages=1)
+    found = backend.read_bandwidth()
+    backend.close()
+    return found
 
 
 class CudaBackend:
@@ -98,7 +126,7 @@ class CudaBackend:
         rows, machine = plan.machine.max_rows, plan.machine
         self._packet_bytes, all_bytes = exchange_bytes(plan)
         self._image = self._moved(image)
-        self._kv = self._zeros(num_pages * machine.page_tokens * _kv_bytes_per_token(plan))
+        self._kv = self._zeros(num_pages * machine.page_tokens * past_bytes_per_token(plan))
         self._exchange = self._zeros(all_bytes)
         self._logits = self._zeros((rows, plan.spec.vocab_size), torch.float32)
         self._barrier_start = instruments.counter_start
@@ -356,29 +384,8 @@ def _sixteen_bits(name: str) -> str:
     return "bf16" if name == "f32" else name
 
 
-def _kv_bytes_per_token(plan: Plan) -> int:
-    layers = plan.spec.layers
-    return sum(2 * layer.num_kv_heads * padded(layer.head_dim) * 2 for layer in layers)
-
-
 def _attention_scratch(head_dim: int, group: int) -> int:
     """AttentionScratch of kernel/attention.cuh."""
     output_dims = min(padded(head_dim), 128) if group <= 4 else 64
     floats = 8 * padded(head_dim) + 8 * 32 + 8 * group * output_dims
     return 3 * padded(head_dim) * 32 + 4 * floats
-
-
-def _require_memory(plan: Plan, num_pages: int) -> None:
-    check(driver.cuInit(0))
-    free, _ = torch.cuda.mem_get_info(0)
-    kv = num_pages * plan.machine.page_tokens * _kv_bytes_per_token(plan)
-    prompts = workspace_bytes(plan)
-    need = plan.image_bytes + kv + exchange_bytes(plan)[1] + prompts
-    if need > free:
-        raise OutOfMemoryError(
-            f"the model needs {need / 2**30:.2f} GiB of GPU memory ({plan.image_bytes / 2**30:.2f} "
-            f"GiB of weights, {kv / 2**30:.2f} GiB of keys and values for {plan.options.max_batch} "
-            f"sequences of {plan.options.context} tokens, {prompts / 2**30:.2f} GiB for "
-            f"reading prompts), {free / 2**30:.2f} GiB are free; use a shorter context or a "
-            "smaller batch"
-        )
