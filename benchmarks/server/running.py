@@ -29,9 +29,7 @@ class Running:
     """`flashformer serve` on a free port of loopback."""
 
     def __init__(self, *flags: str, device: str = "cpu", context: int = 2048) -> None:
-        command = [sys.executable, "-m", "flashformer", "serve", "--port", "0", "--seed", "0"]
-        command += ["--device", device, "--context", str(context), *flags]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self._process = spawn(*flags, device=device, context=context)
         self.port = self._port()
         # From here on the log goes nowhere; a full pipe would stop the server.
         self._drain = subprocess.Popen(
@@ -118,6 +116,13 @@ class Running:
             "http": resources(self.pid),
             "engine": resources(self.engine_pid),
         }
+
+
+def spawn(*flags: str, device: str = "cpu", context: int = 2048) -> "subprocess.Popen[str]":
+    """The process, which has only just begun to load."""
+    command = [sys.executable, "-m", "flashformer", "serve", "--port", "0", "--seed", "0"]
+    command += ["--device", device, "--context", str(context), *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def request_bytes(body: object, path: str = PATH) -> bytes:
