@@ -130,6 +130,13 @@ def test_a_short_plain_request_id_is_echoed_and_any_other_replaced(serving):
         assert answer[2]["x-request-id"].startswith("req-")
 
 
+def test_a_bug_in_a_route_is_a_500_in_json_without_a_traceback(serving):
+    status, answer, headers = serving.ask(body={"no such parameter": 1})
+    assert (status, answer["error"]["code"]) == (500, "internal_error")
+    assert "Traceback" not in json.dumps(answer)
+    assert headers["x-request-id"].startswith("req-")
+
+
 def test_what_is_not_there_and_what_is_not_possible_are_json_errors(serving):
     assert serving.ask("/v1/embeddings", {})[0] == 404
     status, answer, _ = serving.ask("/raw")

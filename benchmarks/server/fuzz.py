@@ -96,19 +96,7 @@ VALUES: tuple[Any, ...] = (
     [{"role": "user"}], [{"role": "root", "content": "x"}], [{"role": "user", "content": None}],
     {"type": "function", "function": {"name": "f"}}, "required", "none", "json_object",
 )  # fmt: skip
-RAW = (
-    b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b'{"a":1e400}', b"[" * 20000, b'{"a":1,"a":2}',
-)  # fmt: skip
-    b"",
-    b"{",
-    b"[]",
-    b"null",
-    b'"a"',
-    b"\xff\xfe",
-    b'{"a":1e400}',
-    b"[" * 20000,
-    b'{"a":1,"a":2}',
-)
+RAW = (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":1e400}', b"[" * 20000, b'{"a":1,"a":2}')
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

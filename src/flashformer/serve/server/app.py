@@ -1,4 +1,4 @@
-"""The application: routes behind the guard, with one way to say what is not there.
+"""The application: routes behind the guard.
 
 `ServeOptions` + `EngineClient` -> ASGI app
 """
@@ -7,15 +7,11 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.routing import Router
 
 from flashformer.serve.server.client import EngineClient
 from flashformer.serve.server.endpoint import Endpoint
-from flashformer.serve.server.errors import Problem
-from flashformer.serve.server.exchange import Ticker
+from flashformer.serve.server.exchange import Receive, Scope, Send, Ticker
 from flashformer.serve.server.guard import Guard
 from flashformer.serve.server.routes import make_routes
 from flashformer.serve.server.settings import ServeOptions
@@ -29,27 +25,15 @@ def make_app(
     routes = make_routes(client, ticker, endpoints)
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: object) -> AsyncIterator[None]:
         ticking = asyncio.get_running_loop().create_task(ticker.run())
         yield
         ticking.cancel()
 
-    app = Starlette(
-        routes=routes,
-        exception_handlers={HTTPException: _no_route},
-        lifespan=lifespan,
-    )
-    app.router.redirect_slashes = False
+    router = Router(routes, redirect_slashes=False, lifespan=lifespan)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = router  # so that a path or method that is not there raises
+        await router(scope, receive, send)
+
     return Guard(app, options, routes)
-
-
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        message = f"{request.method} is not possible here."
-    else:
-        message = "there is nothing here; the API is under /v1."
-    problem = Problem(error.status_code, message, code="not_found")
-    return JSONResponse(
-        problem.body(request.url.path), error.status_code, headers=dict(error.headers or {})
-    )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 
+from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from flashformer.serve.server.errors import Problem, send_problem
@@ -80,6 +81,8 @@ class Guard:
                 await self._app(scope, receive, send_marked)
         except GoneError:
             pass
+        except HTTPException as error:
+            await send_problem(exchange, _no_route(scope, error))
         except Exception as error:
             _log.exception("request %s failed", request_id)
             if status == 0:
@@ -171,6 +174,14 @@ def _digest(key: bytes) -> bytes:
 def _request_id(given: bytes) -> str:
     """The client's own, if it is short and plain; else a new one."""
     return given.decode() if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+
+
+def _no_route(scope: Scope, error: HTTPException) -> Problem:
+    headers = [(k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items()]
+    message = "there is nothing here; the API is under /v1."
+    if error.status_code == 405:
+        message = f"{scope['method']} is not possible here."
+    return Problem(error.status_code, message, code="not_found", headers=headers)
 
 
 def _internal(error: Exception) -> Problem:
