@@ -27,7 +27,8 @@ ORDER_OF_SUMS = 1e-5  # of the largest number: float32 throughout, as in test_pa
 BF16 = 2.0**-7  # the largest distance of neighbouring bf16 numbers, relative to them
 
 
-def cuda_plan(checkpoint, variant, prompt_rows=48):
+def cuda_plan(checkpoint, variant):
+    """A plan as of a GPU, and the weights."""
     source = Checkpoint.open(checkpoint(variant))
     spec = ModelSpec.from_hf(source.config, source.generation_config)
     weights = CheckpointWeights(source, spec)
@@ -40,13 +41,16 @@ def cuda_plan(checkpoint, variant, prompt_rows=48):
         page_tokens=PAGE_TOKENS,
         kv_format="bf16",
         max_rows=8,
-        prompt_rows=prompt_rows,
+        prompt_rows=CHUNK,
     )
     name = "f16" if weights.dtype == "f16" else "bf16"
-    plan = make_plan(spec, machine, PlanOptions(name, name, LENGTH, max_batch=4))
+    return make_plan(spec, machine, PlanOptions(name, name, LENGTH, max_batch=4)), weights
+
+
+def image_of(plan, weights):
     image = np.full(plan.image_bytes, 0xA5, np.uint8)
     pack(plan, weights, image)
-    return plan, image
+    return image
 
 
 def ids_of(plan, length=LENGTH):
@@ -140,12 +144,14 @@ def transformers_logits(folder, ids, dtype):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def case(request, checkpoint):
-    return request.param, *cuda_plan(checkpoint, request.param)
+    plan, weights = cuda_plan(checkpoint, request.param)
+    return request.param, plan, image_of(plan, weights)
 
 
 @pytest.fixture(scope="module")
 def qwen3(checkpoint):
-    return cuda_plan(checkpoint, "qwen3")
+    plan, weights = cuda_plan(checkpoint, "qwen3")
+    return plan, image_of(plan, weights)
 
 
 def test_the_numbers_are_those_of_the_reference(case):

@@ -26,6 +26,7 @@ class KernelOps:
     def __init__(self, plan: Plan) -> None:
         """Compiles, or takes from the cache, what `plan` needs."""
         self._functions = Functions(compile_kernel(plan, "prefill"), NAMES, THREADS)
+        self._stream = torch.cuda.current_stream().cuda_stream
 
     def unpack(self, tiles: torch.Tensor, weight_format: Format, out: torch.Tensor) -> None:
         """See `unpack.unpack`; formats without a kernel go through torch."""
@@ -87,10 +88,8 @@ class KernelOps:
         self._launch("store_pages", num_ctas, *arguments)
 
     def _launch(self, name: str, num_ctas: int, *arguments: torch.Tensor | int | None) -> None:
-        if num_ctas == 0:
-            return
-        stream = torch.cuda.current_stream().cuda_stream
-        self._functions.launch(name, num_ctas, stream, *(_argument(a) for a in arguments))
+        if num_ctas:
+            self._functions.launch(name, num_ctas, self._stream, *map(_argument, arguments))
 
 
 def _argument(value: torch.Tensor | int | None) -> Any:

@@ -1,52 +1,63 @@
-"""The kernels between a prompt's products compute what their definitions in torch do."""
+"""The kernels between a prompt's products compute what their definitions in torch do.
+
+On a GPU, and on the CPU through a stand-in for CUDA.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from checkpoints import make_checkpoint
+from emulated_kernels import emulated_ops
+from flashformer.backends.cuda.machine import cuda_machine
 from flashformer.backends.cuda.prefill_kernels import KernelOps
 from flashformer.backends.cuda.prefill_ops import TorchOps, rotations
 from flashformer.backends.cuda.unpack import padded_cols
-from test_cuda import head_dim, open_variant
-
-pytestmark = pytest.mark.gpu
+from test_cuda import head_dim
+from test_prefill import cuda_plan, image_of
 
 ROWS = 37
+VARIANTS = ("llama-bias", "qwen3", "llama-f16", "mistral")
+CASES = [("cpu", v) for v in VARIANTS]
+CASES += [pytest.param(("cuda", v), marks=pytest.mark.gpu) for v in VARIANTS]
 
 
 class Case:
-    """A model's plan and image on the GPU, and both ways to compute."""
+    """A model's plan and image, and both ways to compute."""
 
-    def __init__(self, folder, variant):
+    def __init__(self, folder, device, variant):
         wider = {} if head_dim(variant) % 8 == 0 else {"head_dim": 24}
-        made = make_checkpoint(folder, variant, **wider)
-        self.backend = open_variant(lambda _: made, variant)
-        self.plan, self.image = self.backend.plan, self.backend._image
-        self.layer = self.plan.spec.layers[0]
-        self.kernels = KernelOps(self.plan)
-        self.plain = TorchOps(self.layer.head_dim, self.plan.spec.rms_norm_eps)
-        self.half = torch.float16 if self.plan.options.format == "f16" else torch.bfloat16
+        made = make_checkpoint(folder / "model", variant, **wider)
+        plan, weights = cuda_plan(lambda _: made, variant)
+        if device == "cuda":
+            machine = cuda_machine(plan.spec)
+            plan = replace(plan, machine=replace(plan.machine, arch=machine.arch))
+        self.device, self.plan = device, plan
+        self.image = torch.from_numpy(image_of(plan, weights)).to(device)
+        self.layer = plan.spec.layers[0]
+        self.kernels = KernelOps(plan) if device == "cuda" else emulated_ops(plan, folder)
+        self.plain = TorchOps(self.layer.head_dim, plan.spec.rms_norm_eps)
+        self.half = torch.float16 if plan.options.format == "f16" else torch.bfloat16
         self.vectors = {
             v.name: self.image[v.offset : v.offset + 4 * v.length].view(torch.float32)
-            for v in self.plan.vectors
+            for v in plan.vectors
             if v.layer == 1
         }
 
     def outputs(self, *shape, dtype=None):
         """Two tensors full of NaN."""
         dtype = dtype or self.half
-        return [torch.full(shape, torch.nan, dtype=dtype, device="cuda") for _ in range(2)]
+        return [torch.full(shape, torch.nan, dtype=dtype, device=self.device) for _ in range(2)]
+
+    def normal(self, *shape):
+        return torch.randn(shape, device=self.device)
 
 
-@pytest.fixture(scope="module", params=["llama-bias", "qwen3", "llama-f16", "mistral"])
+@pytest.fixture(scope="module", params=CASES, ids=lambda p: "-".join(p))
 def case(request, tmp_path_factory):
-    case = Case(tmp_path_factory.mktemp("ops"), request.param)
-    yield case
-    case.backend.close()
-
-
-def normal(*shape):
-    return torch.randn(shape, device="cuda")
+    torch.manual_seed(0)
+    return Case(tmp_path_factory.mktemp("ops"), *request.param)
 
 
 def assert_same(found, expected):
@@ -74,10 +85,10 @@ def test_every_matrix_is_unpacked_bit_by_bit(case):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_hidden_state_is_added_to_and_normalised(case, with_update, with_bias):
     size = case.plan.spec.hidden_size
-    states = [normal(ROWS, size)]
+    states = [case.normal(ROWS, size)]
     states.append(states[0].clone())
-    update = normal(ROWS, size) if with_update else None
-    bias = normal(size) if with_bias else None
+    update = case.normal(ROWS, size) if with_update else None
+    bias = case.normal(size) if with_bias else None
     weight = case.vectors["input_layernorm"]
     found, expected = case.outputs(ROWS, size)
 
@@ -91,10 +102,10 @@ def test_the_hidden_state_is_added_to_and_normalised(case, with_update, with_bia
 @pytest.mark.parametrize("turned", [False, True])
 def test_heads_are_normalised_turned_and_rounded(case, turned):
     layer = case.layer
-    qkv = normal(ROWS, layer.qkv_rows)
+    qkv = case.normal(ROWS, layer.qkv_rows)
     channels = -(-layer.head_dim // 16) * 16
     counts = (layer.num_q_heads, layer.num_kv_heads, layer.num_kv_heads)
-    frequencies = torch.rand(layer.head_dim // 2, device="cuda")
+    frequencies = torch.rand(layer.head_dim // 2, device=case.device)
     rotation = rotations(frequencies, 1.3, 70, ROWS) if turned else None
     pairs = [case.outputs(ROWS, n, channels, dtype=torch.bfloat16) for n in counts]
 
@@ -108,8 +119,8 @@ def test_heads_are_normalised_turned_and_rounded(case, turned):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gate_and_up_become_activations(case, with_bias):
     rows = 16 * case.plan.matrix("gate_up", 1).num_tiles
-    pairs = normal(ROWS, rows).to(case.half)
-    bias = normal(rows) if with_bias else None
+    pairs = case.normal(ROWS, rows).to(case.half)
+    bias = case.normal(rows) if with_bias else None
     found, expected = case.outputs(ROWS, rows // 2)
 
     case.kernels.activate(pairs, bias, found)
@@ -121,11 +132,11 @@ def test_gate_and_up_become_activations(case, with_bias):
 def test_pages_are_stored_and_loaded_bit_by_bit(case):
     layer, page_tokens = case.layer, case.plan.machine.page_tokens
     channels = -(-layer.head_dim // 16) * 16
-    pages = torch.tensor([4, 1, 3], device="cuda")
+    pages = torch.tensor([4, 1, 3], device=case.device)
     tokens = len(pages) * page_tokens
     shape = (6, layer.num_kv_heads, 2, page_tokens * channels)
     found, expected = case.outputs(*shape, dtype=torch.bfloat16)
-    keys, values = normal(2, tokens, layer.num_kv_heads, channels).bfloat16()
+    keys, values = case.normal(2, tokens, layer.num_kv_heads, channels).bfloat16()
 
     case.kernels.store_pages(found, pages, keys.clone(), values.clone(), tokens - 19)
 
