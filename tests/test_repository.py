@@ -128,6 +128,11 @@ def test_the_readme_s_tables_are_those_of_the_result_files():
     assert subprocess.run(check, check=False).returncode == 0, "run benchmarks/tables.py"
 
 
+def test_the_tables_of_the_verification_are_those_of_the_result_files():
+    check = [sys.executable, str(ROOT / "benchmarks" / "verification.py"), "--check"]
+    assert subprocess.run(check, check=False).returncode == 0, "run benchmarks/verification.py"
+
+
 def test_links_between_documents_lead_somewhere():
     broken = []
     for document in documents():
