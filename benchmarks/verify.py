@@ -28,7 +28,10 @@ from flashformer.serve.benchmark.provenance import provenance, system
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-TESTS = ("tests/test_cuda_stages.py", "tests/test_cuda_safety.py", "tests/test_cuda.py")
+TESTS = (
+    *("tests/test_cuda_stages.py", "tests/test_cuda_safety.py", "tests/test_cuda.py"),
+    *("tests/test_prefill_ops.py", "tests/test_cuda_prefill.py"),
+)
 SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: (.*)$", re.MULTILINE)
 REPORT = re.compile(r"^========= (?!COMPUTE-SANITIZER)(\S.*)$", re.MULTILINE)
 KEPT_REPORTS = 20
