@@ -96,9 +96,10 @@ def test_memory_full_of_nan_before_every_launch_changes_no_bit(calm):
     backend.close()
 
 
-@pytest.mark.parametrize("before", [1, 5 * 128, 2**31 + 1])
-def test_the_barrier_s_counter_wraps_without_notice(calm, before):
-    backend = open_backend(Instruments(counter_start=2**32 - before))
+@pytest.mark.parametrize("start", [0, 2**31])
+def test_the_barrier_s_counter_wraps_without_notice(calm, start):
+    """Every second barrier wraps it; which one depends on where it stood."""
+    backend = open_backend(Instruments(counter_start=start))
     fill(backend)
     for batch, expected in calm.items():
         assert equal(decoded(backend, batch), expected), batch

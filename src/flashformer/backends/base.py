@@ -4,7 +4,8 @@ A step has up to `machine.max_rows` rows; where `machine.prompt_rows` is not 0, 
 that many beside them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -62,14 +63,89 @@ class Backend(Protocol):
         ...
 
 
+# What a launch gives in place of a token.
+NOT_A_NUMBER = -1  # a logit of the row is NaN
+NOT_FINITE = -2  # the largest logit is not finite
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """How the tokens of one sequence are chosen; `engine.sampler` is the meaning of the fields."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    counts: Mapping[int, int] = field(default_factory=dict)  # of a penalised sequence: how often
+    # a token was generated; 0 for those of the prompt
+    bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_ids: tuple[int, ...] | None = None
+    seed: int = 0
+    index: int = 0  # which of the request's sequences
+    stop_ids: tuple[int, ...] = ()  # end the launch when drawn; at most `max_stop_ids`
+    min_tokens: int = 0  # in the first so many tokens of the launch the stop ids are forbidden
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        neutral = (1.0, 0.0, 0.0)
+        return (
+            self.repetition_penalty,
+            self.frequency_penalty,
+            self.presence_penalty,
+        ) != neutral
+
+    @property
+    def biased(self) -> bool:
+        """Whether something is added to logits, or tokens are masked for good."""
+        return bool(self.bias) or self.allowed_ids is not None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """A sequence that goes on by itself: its newest token, which has not been computed yet."""
+
+    token_id: int
+    position: int  # of that token
+    slot: int  # row of the page table
+    choice: Choice = field(default_factory=Choice)
+
+
+class Launch(Protocol):
+    """Tokens that the device draws while the host looks elsewhere: an iterator over the steps."""
+
+    def __iter__(self) -> Iterator[Int32]:
+        """Itself."""
+        ...
+
+    def __next__(self) -> Int32:
+        """The next token of every row, int32 [rows], as soon as it is drawn.
+
+        There is none after the last step, after the step in which a row drew one of its stop ids or
+        had no token to draw, and some steps after `stop`. Raises what the backend raises when the
+        device fails; the tokens given so far are good then, and later ones were never drawn.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Ask the device to end after the token that it is at; does not wait."""
+        ...
+
+
 @runtime_checkable
 class DecodesMany(Protocol):
-    """A backend that runs many tokens without the host in between."""
+    """A backend that draws many tokens without the host in between."""
 
-    def decode(
-        self, token_ids: Int32, positions: Int32, slots: Int32, page_table: Int32, num_steps: int
-    ) -> Int32:
-        """Greedy tokens of all rows, each fed back: int32 [num_steps, rows]."""
+    max_stop_ids: int  # of a row
+
+    def launch(self, rows: Sequence[DecodeRow], page_table: Int32, num_steps: int) -> Launch:
+        """Start drawing `num_steps` tokens of each row; the page table has the pages for them.
+
+        Until the launch has ended the backend runs nothing else and the rows' pages are its own.
+        """
         ...
 
 

@@ -27,11 +27,16 @@ def integer(name: str, doc: str, length: int = 0) -> Field:
     return Field(name, "int", ctypes.c_int32, doc, length)
 
 
-def unsigned(name: str, doc: str, bits: int = 32) -> Field:
-    """An unsigned number of 32 or 64 bits."""
+def unsigned(name: str, doc: str, bits: int = 32, length: int = 0) -> Field:
+    """An unsigned number of 32 or 64 bits, or an array of them."""
     if bits == 64:
-        return Field(name, "unsigned long long", ctypes.c_uint64, doc)
-    return Field(name, "unsigned int", ctypes.c_uint32, doc)
+        return Field(name, "unsigned long long", ctypes.c_uint64, doc, length)
+    return Field(name, "unsigned int", ctypes.c_uint32, doc, length)
+
+
+def real(name: str, doc: str, length: int = 0) -> Field:
+    """A float32, or an array of them."""
+    return Field(name, "float", ctypes.c_float, doc, length)
 
 
 def render_struct(fields: Sequence[Field]) -> str:

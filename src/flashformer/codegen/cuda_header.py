@@ -1,7 +1,7 @@
 """The CUDA kernel's generated header: plan -> config.h, numbers only."""
 
 from flashformer.codegen.arguments import render_struct
-from flashformer.codegen.cuda_args import CUDA_STEP_ARGS
+from flashformer.codegen.cuda_args import CUDA_STEP_ARGS, MAX_STOP_IDS
 from flashformer.codegen.exchange import max_chunks
 from flashformer.codegen.instruments import NONE, Instruments, render_moments
 from flashformer.errors import UnsupportedModelError
@@ -14,6 +14,7 @@ IN_FLIGHT = 3  # copies on their way at once: more only lengthens the queues in 
 PREFETCH_AHEAD = 12  # copies that L2 takes in advance while the ring is full
 PREFETCH_INTERVAL_NS = 450  # one SM's share of the memory's rate: a copy each
 WINDOW_BYTES = 32768  # of activations too wide for shared memory: eight packets a thread
+SAMPLE_SCRATCH_BYTES = 7168  # shared memory of the search for the end of top-k and top-p
 MATRICES = ("qkv", "o_proj", "gate_up", "down")
 VECTORS = (
     "input_layernorm",
@@ -115,6 +116,8 @@ def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
         "prefetch_ahead": PREFETCH_AHEAD,
         "prefetch_interval_ns": PREFETCH_INTERVAL_NS,
         "page_tokens": machine.page_tokens,
+        "sample_scratch_bytes": SAMPLE_SCRATCH_BYTES,
+        "max_stop_ids": MAX_STOP_IDS,
         "max_chunks": max_chunks(plan, layer),
         "lm_head_offset": plan.matrix("lm_head").offset,
         "embed_offset": embed.offset,

@@ -43,6 +43,8 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
         Buffer("squares", 2 * rows, hidden // TILE_ROWS, 4, 4),
         Buffer("best_logit", rows, plan.machine.num_ctas, 4, 0),
         Buffer("best_id", rows, plan.machine.num_ctas, 4, 0),
+        Buffer("top", rows, plan.machine.num_ctas, 4, 0),
+        Buffer("stop", 1, 1, 4, 0),
         Buffer("partial_stats", partials, 2, 4, 0),
         Buffer("partial", partials, padded(layer.head_dim), 4, 0),
     )

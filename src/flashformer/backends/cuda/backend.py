@@ -1,8 +1,8 @@
 """The decoder on one GPU: everything in its memory, one launch for many tokens."""
 
+import contextlib
 import ctypes
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -11,26 +11,26 @@ import numpy.typing as npt
 import torch
 from cuda.bindings import driver
 
-from flashformer.backends.base import Fit, Int32, StepBatch, StepResult
+from flashformer.backends.base import DecodeRow, Int32, StepBatch, StepResult
+from flashformer.backends.cuda.choices import Choices, row_stride
 from flashformer.backends.cuda.compile import compile_kernel
+from flashformer.backends.cuda.flight import Flight
 from flashformer.backends.cuda.launch import Kernel, check
-from flashformer.backends.cuda.machine import cuda_machine
 from flashformer.backends.cuda.memory import (
-    fitting_context,
     past_bytes_per_token,
-    require_gpu_memory,
 )
 from flashformer.backends.cuda.prefill import Prefill
-from flashformer.codegen.cache import load_image
-from flashformer.codegen.cuda_args import CudaStepArgs
-from flashformer.codegen.cuda_header import MATRICES, SLOT_BYTES, WINDOW_BYTES
+from flashformer.codegen.cuda_args import MAX_STOP_IDS, CudaStepArgs
+from flashformer.codegen.cuda_header import (
+    MATRICES,
+    SAMPLE_SCRATCH_BYTES,
+    SLOT_BYTES,
+    WINDOW_BYTES,
+)
 from flashformer.codegen.exchange import exchange, exchange_bytes, padded
 from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
-from flashformer.model.shapes import SHAPES
-from flashformer.model.spec import ModelSpec
-from flashformer.model.weights import WeightSource
-from flashformer.plan.plan import Plan, PlanOptions, make_plan
+from flashformer.plan.plan import Plan
 
 NUM_WARPS = {"decode": 10, "stream": 9}  # eight consumers, the producer; decode has a prefetcher
 MAX_SLOTS = 16  # of the ring: kernel/cta.cuh
@@ -47,53 +47,6 @@ WAITS = {  # WaitKind of kernel/cta.cuh
 }
 
 
-def open_cuda(
-    spec: ModelSpec,
-    weights: WeightSource,
-    options: PlanOptions,
-    *,
-    num_pages: int,
-    progress: Callable[[str, int, int], None] | None = None,
-    instruments: Instruments = NONE,
-) -> "CudaBackend":
-    """Plan for the first GPU, pack or read the image, compile, and move in.
-
-    float32 weights are stored as bf16: the tensor cores multiply 16 bits. Raises
-    `OutOfMemoryError` before anything is allocated, and what planning and compiling raise.
-    """
-    options = replace(
-        options,
-        format=_sixteen_bits(options.format),
-        head_format=_sixteen_bits(options.head_format),
-    )
-    plan = make_plan(spec, cuda_machine(spec), options)
-    check(driver.cuInit(0))
-    require_gpu_memory(plan, num_pages, torch.cuda.mem_get_info(0)[0])
-    image = load_image(plan, weights, progress=progress)
-    return CudaBackend(plan, image, num_pages, instruments)
-
-
-def fit(spec: ModelSpec, weight_format: str, batch: int) -> Fit:
-    """What of a model fits the memory that the first GPU has free."""
-    name = _sixteen_bits(weight_format)
-    plan = make_plan(spec, cuda_machine(spec), PlanOptions(name, name, 1, batch))
-    free = torch.cuda.mem_get_info(0)[0]
-    past = past_bytes_per_token(plan)
-    return Fit(name, plan.image_bytes, past, free, fitting_context(plan, free))
-
-
-def measure_bandwidth() -> float:
-    """`CudaBackend.read_bandwidth` over memory that holds no model."""
-    spec = ModelSpec.from_hf(SHAPES["llama-3.2-1b"])
-    plan = make_plan(spec, cuda_machine(spec), PlanOptions(context=64, max_batch=1))
-    require_gpu_memory(plan, 1, torch.cuda.mem_get_info(0)[0])
-    image = torch.zeros(plan.image_bytes, dtype=torch.uint8, device="cuda")
-    backend = CudaBackend(plan, image, num_pages=1)
-    found = backend.read_bandwidth()
-    backend.close()
-    return found
-
-
 class CudaBackend:
     """Runs a plan on the current CUDA device. Not thread-safe.
 
@@ -101,6 +54,7 @@ class CudaBackend:
     (matrix from 1, CTA), which a kernel built with those instruments obeys.
     """
 
+    max_stop_ids = MAX_STOP_IDS
     wait_limit_ns = 2_000_000_000
     delay_seed = 0
     drop = (0, 0)
@@ -128,9 +82,11 @@ class CudaBackend:
         self._image = self._moved(image)
         self._kv = self._zeros(num_pages * machine.page_tokens * past_bytes_per_token(plan))
         self._exchange = self._zeros(all_bytes)
-        self._logits = self._zeros((rows, plan.spec.vocab_size), torch.float32)
-        self._barrier_start = instruments.counter_start
-        self._barrier = torch.tensor([self._barrier_start], device=self._device).to(torch.int32)
+        self._logits = self._zeros((rows, row_stride(plan)), torch.float32)
+        self._choices = Choices(plan, self._device)
+        self._flight: Flight | None = None
+        counter = torch.tensor([instruments.counter_start], device=self._device)
+        self._barrier = counter.to(torch.int32)
         self._arrivals = self._zeros(rows * self._layer.num_kv_heads, torch.int32)
         self._watchdog = torch.zeros(8, dtype=torch.int32, pin_memory=True)
         moments = (machine.num_ctas, len(TRACKS), max(1, instruments.trace_moments), 2)
@@ -154,7 +110,7 @@ class CudaBackend:
     @property
     def logits(self) -> torch.Tensor:
         """Of the last launch's last step, on the GPU: float32 [max_rows, vocab_size]."""
-        return self._logits
+        return self._logits[:, : self._plan.spec.vocab_size]
 
     @property
     def kernel(self) -> Kernel:
@@ -166,6 +122,7 @@ class CudaBackend:
 
         A few launches pass over the weights as often as `Prefill` does, so it gets what needs more.
         """
+        self._land()
         most = self._plan.machine.max_rows
         wanted = len(batch.logit_rows)
         logits = np.empty((wanted, self._plan.spec.vocab_size), np.float32)
@@ -206,7 +163,7 @@ class CudaBackend:
         if here.any():
             wanted = np.searchsorted(rows, batch.logit_rows[here])
             picked = torch.as_tensor(wanted, device=self._device)
-            result.logits[here] = self._logits[picked].cpu().numpy()
+            result.logits[here] = self.logits[picked].cpu().numpy()
             result.argmax[here] = tokens[0, wanted]
 
     def decode(
@@ -225,37 +182,63 @@ class CudaBackend:
         the buffers to be looked at. Raises `FlashFormerError` when a wait in the kernel timed out;
         the backend stays usable.
         """
-        rows = len(token_ids)
+        rows = [
+            DecodeRow(int(token_id), int(position), int(slot))
+            for token_id, position, slot in zip(token_ids, positions, slots, strict=True)
+        ]
+        flight = self._depart(rows, page_table, num_steps, stop_after=stop_after, keep=True)
+        drawn = list(flight)
+        return np.array(drawn, np.int32).reshape(len(drawn), len(rows))
+
+    def launch(self, rows: Sequence[DecodeRow], page_table: Int32, num_steps: int) -> Flight:
+        """Start drawing `num_steps` tokens of each row; see `DecodesMany`."""
+        return self._depart(rows, page_table, num_steps)
+
+    def _depart(
+        self,
+        rows: Sequence[DecodeRow],
+        page_table: Int32,
+        num_steps: int,
+        *,
+        stop_after: int = 0,
+        keep: bool = False,
+    ) -> Flight:
+        """Launch; with `keep` the logits of the last step stay in `logits`."""
+        self._land()
         self._upload(page_table)
-        out = torch.empty(
-            (num_steps, self._plan.machine.max_rows), dtype=torch.int32, device=self._device
-        )
-        args = self._step_args(rows)
-        args.out_tokens, args.trace = out.data_ptr(), self.trace.data_ptr()
+        flight = Flight(num_steps, self._plan.machine.max_rows, len(rows))
+        args = self._step_args(len(rows))
+        args.out_tokens, args.stop = flight.ring.data_ptr(), flight.stop_word.data_ptr()
+        args.trace = self.trace.data_ptr()
         args.num_steps, args.stop_after = num_steps, stop_after
         args.max_pages = page_table.shape[1]
-        for i in range(rows):
-            same = i > 0 and slots[i] == slots[i - 1]
-            args.tokens[i], args.positions[i] = int(token_ids[i]), int(positions[i])
-            args.slots[i] = int(slots[i])
-            args.bases[i] = args.bases[i - 1] if same else int(positions[i])
+        args.kept_rows = (1 << len(rows)) - 1 if keep else 0
+        for i, row in enumerate(rows):
+            same = i > 0 and row.slot == rows[i - 1].slot
+            args.tokens[i], args.positions[i], args.slots[i] = row.token_id, row.position, row.slot
+            args.bases[i] = args.bases[i - 1] if same else row.position
+        self._choices.fill(args, [row.choice for row in rows])
         # No packet carries the first tag; the rest holds NaN in tests.
         self._exchange[: None if self._instruments.poison else self._packet_bytes].fill_(255)
         shared = args.x_bytes + args.num_slots * SLOT_BYTES
         if self._instruments.trace_moments:
             self.trace.zero_()
         self._kernel.launch(self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args)
-        result = out.cpu().numpy()[:, :rows]
-        self._check_watchdog()
-        if not stop_after:
-            arrivals = num_steps * self._plan.machine.num_ctas
-            self._barrier_start = (self._barrier_start + arrivals) % 2**32
-        return result
+        flight.depart(self._stream, self._check_watchdog)
+        self._flight = flight
+        return flight
+
+    def _land(self) -> None:
+        """End the launch that may still be on its way; its reader sees that it was cut short."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            flight.land()
 
     def x_bytes(self, rows: int) -> int:
-        """Shared memory of the activations of `rows` rows, and the scratch of attention."""
+        """Shared memory of the activations of `rows` rows, and what uses their place."""
         spec, layer = self._plan.spec, self._layer
         need = [_attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)]
+        need.append(SAMPLE_SCRATCH_BYTES)
         need.append(rows * (padded(spec.hidden_size) * 2 + 32))
         # Wider activations come in windows, two at a time (kernel/stages.cuh).
         limit = 2 * (WINDOW_BYTES + 32 * rows)
@@ -323,6 +306,8 @@ class CudaBackend:
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
+        with contextlib.suppress(FlashFormerError):
+            self._land()
         self._kernel.close()
         for name in ("_image", "_kv", "_exchange", "_logits", "_prefill"):
             setattr(self, name, torch.zeros(0))
@@ -352,7 +337,6 @@ class CudaBackend:
         args.barrier, args.arrivals = self._barrier.data_ptr(), self._arrivals.data_ptr()
         args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), self.wait_limit_ns
         args.delay_seed, (args.drop_matrix, args.drop_cta) = self.delay_seed, self.drop
-        args.barrier_start = self._barrier_start
         args.x_bytes, args.num_slots = self.x_bytes(rows), self.num_slots(rows)
         args.num_rows, args.num_pages = rows, self._num_pages
         return args
@@ -369,7 +353,6 @@ class CudaBackend:
         self._watchdog.zero_()
         self._barrier.zero_()
         self._arrivals.zero_()
-        self._barrier_start = 0
         layer, stage = divmod(matrix, len(MATRICES))
         head = layer == self._plan.spec.num_layers
         where = "lm_head" if head else f"{MATRICES[stage]} of layer {layer}"
@@ -378,10 +361,6 @@ class CudaBackend:
             f"{cta} waited for {WAITS.get(kind, kind)}, at {where}; the step was abandoned, please "
             "report this"
         )
-
-
-def _sixteen_bits(name: str) -> str:
-    return "bf16" if name == "f32" else name
 
 
 def _attention_scratch(head_dim: int, group: int) -> int:

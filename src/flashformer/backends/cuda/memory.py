@@ -6,6 +6,7 @@ Plan + KV pages -> `Need`, or `OutOfMemoryError` with the numbers and the option
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from flashformer.backends.cuda.choices import choice_bytes, row_stride
 from flashformer.backends.cuda.prefill import workspace_bytes
 from flashformer.codegen.exchange import exchange_bytes, padded
 from flashformer.errors import OutOfMemoryError
@@ -32,12 +33,12 @@ class Need:
 
 def need_of(plan: Plan, num_pages: int) -> Need:
     """What `plan` needs with so many KV pages."""
-    logits = plan.machine.max_rows * plan.spec.vocab_size * 4
+    logits = plan.machine.max_rows * row_stride(plan) * 4
     return Need(
         weights=plan.image_bytes,
         past=num_pages * plan.machine.page_tokens * past_bytes_per_token(plan),
         prompts=workspace_bytes(plan),
-        hand_offs=exchange_bytes(plan)[1] + logits,
+        hand_offs=exchange_bytes(plan)[1] + logits + choice_bytes(plan),
     )
 
 

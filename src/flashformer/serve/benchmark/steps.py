@@ -12,6 +12,7 @@ import numpy as np
 
 from flashformer.backends.base import (
     Backend,
+    DecodeRow,
     DecodesMany,
     Float32,
     Int32,
@@ -84,8 +85,12 @@ class Steps:
         ids = np.concatenate([self.random_ids(1, slot) for slot in range(case.batch)])
         started = time.perf_counter()
         if isinstance(self.backend, DecodesMany):
-            positions = np.full(len(slots), case.depth, np.int32)
-            self.backend.decode(ids, positions, slots, self.page_table, case.tokens)
+            rows = [
+                DecodeRow(int(token_id), case.depth, int(slot))
+                for token_id, slot in zip(ids, slots, strict=True)
+            ]
+            for _ in self.backend.launch(rows, self.page_table, case.tokens):
+                pass
         else:
             for position in range(case.depth, case.context):
                 ids = self.decode(ids, position, slots).argmax

@@ -25,13 +25,19 @@ struct Shared {
   int best_id[num_consumer_warps][max_rows / 2][32];
   float warp_sum[num_consumer_warps][max_rows];
   int token[max_rows];
+  float choice_value[max_rows];  // this CTA's candidates for the next token
+  int choice_id[max_rows];
   u64 full[max_slots];
   u64 empty[max_slots];
   u64 kv_ready;
   u32 stalled;  // the ring is full
   u32 filled;   // fills issued so far
   u32 flag;     // broadcast within the consumers
-  u32 aborted;  // not 0: nobody waits any more; kind << 8 | warp of the wait that timed out
+  u32 stop;     // CTA 0: the host wants the launch to end
+  u32 last;     // the launch ends with this token
+  u32 barrier_phase;  // of the grid barrier; thread 0's
+  u32 search_rounds;  // of all rows' filters in this launch
+  u32 aborted;  // not 0: nobody waits any more; kind << 8 | warp of the wait that timed out, or 1: the launch ends early
   int matrix;   // that the consumers are at
   int aborted_at;  // the matrix of the wait that timed out
   int moments[2];   // of the timeline: consumers, producer
@@ -49,12 +55,16 @@ struct Patience {
     if (++polls % 64 != 0) return false;
     volatile u32* aborted = &shared.aborted;
     if (*aborted != 0) return true;
-    const u64 now = globaltimer();
-    if (start == 0) start = now;
-    if (now - start <= args.wait_limit_ns) return false;
+    if (!over(args)) return false;
     *aborted = static_cast<u32>(kind) << 8 | threadIdx.x / 32;
     shared.aborted_at = *static_cast<volatile int*>(&shared.matrix);
     return true;
+  }
+
+  __device__ __forceinline__ bool over(const StepArgs& args) {
+    const u64 now = globaltimer();
+    if (start == 0) start = now;
+    return now - start > args.wait_limit_ns;
   }
 };
 
@@ -82,7 +92,6 @@ struct Cta {
   int warp;
   int lane;
   int idx;
-  u32 barriers_passed = 0;
 
   __device__ Cta(const StepArgs& step_args, u8* dynamic, Shared& fixed)
       : args(step_args), shared(fixed), x(dynamic), slots(dynamic + step_args.x_bytes),

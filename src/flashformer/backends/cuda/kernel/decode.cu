@@ -15,6 +15,7 @@ __device__ __forceinline__ void walk(const Cta& cta, Sink& sink, bool wait_for_p
   for (int step = 0; step < cta.args.num_steps; ++step) {
 #pragma unroll 1
     for (int matrix = 0; matrix < num_matrices; ++matrix) {
+      if (cta.aborted()) return;
       const Kind kind = kind_of(matrix);
       const int layer = matrix / kinds_a_layer;
       if (kind == Kind::o_proj) {
@@ -140,16 +141,15 @@ struct Consumer {
     cta.trace(moment_of(Moment::qkv, kind), layer);
   }
 
-  // The host may ask to stop early and look at the buffers: everybody else runs on without waiting.
-  __device__ __forceinline__ bool stop_here(int matrix) const {
-    if (matrix + 1 != cta.args.stop_after) return false;
+  // Before the last step that was planned: the other warps leave off where they are.
+  __device__ __forceinline__ void end_early() const {
     cta.consumer_sync();
-    if (cta.thread == 0) *static_cast<volatile u32*>(&cta.shared.aborted) = 1;
-    return true;
+    if (cta.thread == 0) atomicCAS(&cta.shared.aborted, 0u, 1u);
   }
 
   __device__ __forceinline__ void run() {
     cta.trace(Moment::start);
+    start_barriers(cta);
     if (cta.thread < cta.args.num_rows) cta.shared.token[cta.thread] = cta.args.tokens[cta.thread];
     cta.consumer_sync();
 #pragma unroll 1
@@ -168,15 +168,14 @@ struct Consumer {
           attention(cta, ring, exchange, layer, step, tag);
           cta.trace(Moment::attention, layer);
         }
+        // The way from the host's memory is hidden behind the head, whose first slots have landed long ago.
+        if (kind == Kind::lm_head && cta.idx == 0 && cta.thread == 0) cta.shared.stop = ld_relaxed_sys(cta.args.stop);
         multiply(kind, layer);
-        if (stop_here(matrix)) return;
+        if (matrix + 1 == cta.args.stop_after) return end_early();
         if (kind == Kind::down) tag ^= 1;
       }
-      publish_best(cta, exchange);
-      grid_barrier(cta);
-      cta.trace(Moment::meet);
+      if (choose_tokens(cta, exchange, step)) return end_early();
       if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
-      pick_tokens(cta, exchange, step);
       cta.trace(Moment::sample);
     }
   }

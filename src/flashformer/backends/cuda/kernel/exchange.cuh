@@ -21,6 +21,8 @@ struct Exchange {
   // Ordered by the barrier at a step's end, or by `arrivals`.
   float* best_logit;     // [max_rows][num_ctas]
   int* best_id;          // [max_rows][num_ctas]
+  float* top;            // [max_rows][num_ctas]: largest adjusted logits
+  u32* stop;             // the host wants the launch to end with this token
   float* partial_stats;  // attention: [max_rows][num_kv_heads][max_chunks][group][2], maximum and sum
   float* partial;        // [max_rows][num_kv_heads][max_chunks][group][head_dim padded]
   u32* arrivals;         // [max_rows][num_kv_heads], zero between uses
@@ -40,6 +42,8 @@ struct Exchange {
     squares = reinterpret_cast<float*>(take(2ull * max_rows * hidden_tiles * 4));
     best_logit = reinterpret_cast<float*>(take(u64(max_rows) * config::num_ctas * 4));
     best_id = reinterpret_cast<int*>(take(u64(max_rows) * config::num_ctas * 4));
+    top = reinterpret_cast<float*>(take(u64(max_rows) * config::num_ctas * 4));
+    stop = reinterpret_cast<u32*>(take(4));
     const u64 partials = u64(max_rows) * config::num_kv_heads * config::max_chunks * config::group;
     partial_stats = reinterpret_cast<float*>(take(partials * 2 * 4));
     partial = reinterpret_cast<float*>(take(partials * head_dim_padded * 4));

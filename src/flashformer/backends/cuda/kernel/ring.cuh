@@ -31,16 +31,13 @@ struct RingWriter {
 
   __device__ void fill(const u8* source, u32 bytes) {
     Shared& shared = cta.shared;
-    if (in_flight == config::in_flight) {
-      cta.wait(&shared.full[landed.slot], landed.parity, WaitKind::slot_landed);
-      landed.advance(cta.args.num_slots);
-      --in_flight;
-    }
+    if (in_flight == config::in_flight) land(WaitKind::slot_landed);
     if (!mbarrier_test_wait(&shared.empty[next.slot], next.parity)) {
       *static_cast<volatile u32*>(&shared.stalled) = 1;
       cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
       *static_cast<volatile u32*>(&shared.stalled) = 0;
     }
+    if (__any_sync(~0u, cta.aborted())) return;  // nobody reads on
     u8* slot = cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
     cta.delay(filled);
     copy(slot, source, bytes, &shared.full[next.slot]);
@@ -51,13 +48,12 @@ struct RingWriter {
 
 #if __CUDA_ARCH__ >= 900
   __device__ void copy(u8* slot, const u8* source, u32 bytes, u64* full) {
-    if (cta.lane != 0 || cta.aborted()) return;
+    if (cta.lane != 0) return;
     mbarrier_arrive_expect_tx(full, bytes);
     cp_async_bulk(slot, source, bytes, full);
   }
 #else
   __device__ void copy(u8* slot, const u8* source, u32 bytes, u64* full) {
-    if (cta.aborted()) return;
     for (u32 at = cta.lane * 16; at < bytes; at += 32 * 16) cp_async_16(slot + at, source + at);
     cp_async_mbarrier_arrive_noinc(full);
   }
@@ -65,12 +61,21 @@ struct RingWriter {
 
   __device__ __forceinline__ void trace(Moment moment, int layer) const { cta.trace(moment, layer); }
 
-  // Nothing may still be on its way into shared memory when the CTA ends.
-  __device__ void drain() {
-    for (; in_flight > 0; --in_flight) {
-      cta.wait(&cta.shared.full[landed.slot], landed.parity, WaitKind::drain);
-      landed.advance(cta.args.num_slots);
+  // The oldest copy on its way has landed. Waits when nobody else does any more: a copy must not outlive the CTA.
+  __device__ void land(WaitKind kind) {
+    Patience patience;
+    while (!mbarrier_test_wait(&cta.shared.full[landed.slot], landed.parity)) {
+      if (++patience.polls % 64 == 0 && patience.over(cta.args)) {
+        *static_cast<volatile u32*>(&cta.shared.aborted) = static_cast<u32>(kind) << 8 | cta.warp;
+        break;
+      }
     }
+    landed.advance(cta.args.num_slots);
+    --in_flight;
+  }
+
+  __device__ void drain() {
+    while (in_flight > 0) land(WaitKind::drain);
   }
 };
 
@@ -133,6 +138,7 @@ __device__ __forceinline__ void ring_init(const Cta& cta) {
     }
     mbarrier_init(&cta.shared.kv_ready, 1);
     cta.shared.aborted = 0;
+    cta.shared.search_rounds = 0;
     cta.shared.stalled = 0;
     cta.shared.filled = 0;
     cta.shared.matrix = 0;

@@ -1,78 +1,123 @@
-// The next token of every row, chosen by every CTA for itself from the candidates of all.
+// The next token of every row, chosen by every CTA for itself from the candidates of all: engine/sampler.py in a kernel.
+//
+// Greedy rows bring the best of the head's epilogue and cost nothing more. Other rows race: each token's scaled logit plus
+// noise of its own (Gumbel-max), in any order on any CTA; one exchange of candidates at the token's end decides all.
 #pragma once
-#include "exchange.cuh"
+#include "filter.cuh"
+#include "philox.cuh"
 
-__device__ __forceinline__ void take_better(float& logit, int& id, float other_logit, int other_id) {
-  const bool better = other_logit > logit || (other_logit == logit && other_id < id);
-  if (better) {
-    logit = other_logit;
-    id = other_id;
-  }
-}
-
-// A CTA's best candidate of each token so far, by row of the tile and by the warp of the epilogue, which no other warp
-// touches; NaN counts as the largest, with id -1.
-__device__ __forceinline__ void clear_best(const Cta& cta) {
+// This thread's best token of one row: four ids share a block of random words.
+__device__ __forceinline__ Candidate race(const Cta& cta, const Slice& slice, int row, const Filter& filter) {
+  const float* values = values_of(cta, slice, row);
+  const float temperature = cta.args.temperature[row];
+  const u32 position = static_cast<u32>(cta.args.positions[row] + slice.step + 1);
+  Candidate best;
+#pragma unroll 1
+  for (int first = slice.begin + cta.thread * 4; first < slice.end; first += num_consumers * 4) {
+    Vec16 words{};
+    if (temperature > 0.f) {
+      words = philox4x32({static_cast<u32>(first / 4), position, static_cast<u32>(cta.args.indices[row]), 0},
+                         cta.args.seeds[row]);
+    }
 #pragma unroll
-  for (int i = 0; i < max_rows / 2; ++i) {
-    cta.shared.best_logit[cta.warp][i][cta.lane] = -infinity;
-    cta.shared.best_id[cta.warp][i][cta.lane] = config::vocab_size;
+    for (int i = 0; i < 4; ++i) {
+      const int id = first + i;
+      if (id >= slice.end) break;
+      float score = values[id];
+      if (temperature > 0.f) {
+        const float scaled = __fdiv_rn(__fsub_rn(score, filter.top), temperature);
+        if (!(scaled >= filter.floor)) continue;
+        if (filter.end != ~u64(0) && order_of(scaled, id) >= filter.end) continue;
+        score = scaled + gumbel(words.w[i]);
+      }
+      take_better(best, {score, id});
+    }
   }
+  return best;
 }
 
-__device__ __forceinline__ void head_output(const Cta& cta, int tile, int row, int token, int i, float sum) {
-  const int id = tile * tile_rows + row;
-  if (token >= cta.args.num_rows || id >= config::vocab_size) return;
-  const float logit = sum * cta.shared.rstd[token];
-  cta.args.logits[u64(token) * config::vocab_size + id] = logit;
-  const bool nan = !(logit == logit);
-  take_better(cta.shared.best_logit[cta.warp][i][cta.lane], cta.shared.best_id[cta.warp][i][cta.lane],
-              nan ? infinity : logit, nan ? -1 : id);
-}
-
-// The CTA's candidates into the exchange; warp w does token w.
-__device__ __forceinline__ void publish_best(const Cta& cta, const Exchange& exchange) {
+// Replaces the choice of every row that is not plainly greedy. Not inlined, as all that such rows need: the model's code
+// has no registers to spare.
+__device__ __noinline__ void race_rows(const Cta cta, int step) {
+  SampleScratch& scratch = scratch_of(cta);
+  const Slice slice(cta, step);
+  for (int row = 0; row < cta.args.num_rows; ++row) {
+    if (!has_bit(cta.args.sampled_rows, row)) continue;
+    const bool filtered = has_bit(cta.args.filtered_rows, row);
+    const Filter filter = filtered ? scratch.filter[row] : Filter{0.f, -infinity, ~u64(0)};
+    const Candidate best = warp_best(race(cta, slice, row, filter));
+    if (cta.lane == 0) scratch.best[row][cta.warp] = best;
+  }
   cta.consumer_sync();
-  const int token = cta.warp;
-  if (token >= cta.args.num_rows) return;
-  float logit = -infinity;
-  int id = config::vocab_size;
-  for (int i = cta.lane; i < num_consumer_warps * tile_rows; i += 32) {
-    const int lane = token % 2 * tile_rows + i % tile_rows;
-    take_better(logit, id, cta.shared.best_logit[i / tile_rows][token / 2][lane],
-                cta.shared.best_id[i / tile_rows][token / 2][lane]);
-  }
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) {
-    const float other_logit = __shfl_xor_sync(~0u, logit, d);
-    const int other_id = __shfl_xor_sync(~0u, id, d);
-    take_better(logit, id, other_logit, other_id);
-  }
-  if (cta.lane == 0) {
-    exchange.best_logit[token * config::num_ctas + cta.idx] = logit;
-    exchange.best_id[token * config::num_ctas + cta.idx] = id;
+  const int row = cta.warp;
+  if (row >= cta.args.num_rows || !has_bit(cta.args.sampled_rows, row)) return;
+  const Candidate best = warp_best(cta.lane < num_consumer_warps ? scratch.best[row][cta.lane] : Candidate{});
+  if (cta.lane == 0 && cta.shared.choice_id[row] != not_a_number) {
+    cta.shared.choice_value[row] = best.value;
+    cta.shared.choice_id[row] = best.id;
   }
 }
 
-__device__ __forceinline__ void pick_tokens(const Cta& cta, const Exchange& exchange, int step) {
-  if (cta.warp < cta.args.num_rows) {
-    float logit = -infinity;
-    int id = config::vocab_size;
+// Before the barrier: this CTA's candidates, and from CTA 0 whether the host wants the launch to end.
+__device__ __forceinline__ void publish(const Cta& cta, const Exchange& exchange, int step) {
+  if (cta.lane == 0 && cta.warp < cta.args.num_rows) {
+    const int at = cta.warp * config::num_ctas + cta.idx;
+    const bool lost = cta.aborted();
+    exchange.best_logit[at] = lost ? infinity : cta.shared.choice_value[cta.warp];
+    exchange.best_id[at] = lost ? abandoned : cta.shared.choice_id[cta.warp];
+  }
+  if (cta.thread == 0) {
+    cta.shared.last = step + 1 == cta.args.num_steps;
+    if (cta.idx == 0) *exchange.stop = cta.shared.stop;
+  }
+}
+
+// Behind the barrier: warp w picks for row w.
+__device__ __forceinline__ void pick(const Cta& cta, const Exchange& exchange, int step) {
+  const int row = cta.warp;
+  if (row < cta.args.num_rows) {
+    Candidate best;
     for (int i = cta.lane; i < config::num_ctas; i += 32) {
-      const int at = cta.warp * config::num_ctas + i;
-      take_better(logit, id, ld_cg_f32(exchange.best_logit + at),
-                  __float_as_int(ld_cg_f32(reinterpret_cast<const float*>(exchange.best_id + at))));
+      const int at = row * config::num_ctas + i;
+      take_better(best, {ld_cg_f32(exchange.best_logit + at),
+                         __float_as_int(ld_cg_f32(reinterpret_cast<const float*>(exchange.best_id + at)))});
     }
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) {
-      const float other_logit = __shfl_xor_sync(~0u, logit, d);
-      const int other_id = __shfl_xor_sync(~0u, id, d);
-      take_better(logit, id, other_logit, other_id);
+    best = warp_best(best);
+    const bool finite = best.value > -infinity && best.value < infinity;
+    const int id = cta.aborted() ? abandoned : best.id < 0 || finite ? best.id : not_finite;
+    bool ends = id < 0;
+    for (int i = cta.lane; i < cta.args.num_stop_ids[row]; i += 32) {
+      ends |= cta.args.stop_ids[row * max_stop_ids + i] == id;
     }
+    if (ends) cta.shared.last = 1;
     if (cta.lane == 0) {
-      cta.shared.token[cta.warp] = id;
-      if (cta.idx == 0) cta.args.out_tokens[step * max_rows + cta.warp] = id;
+      cta.shared.token[row] = id;
+      count_token(cta, row, id);
+      if (cta.idx == 0) st_relaxed_sys(reinterpret_cast<u32*>(cta.args.out_tokens) + step * max_rows + row, id);
     }
   }
+  if (cta.thread == 0 && ld_relaxed_gpu(exchange.stop) != 0) cta.shared.last = 1;
   cta.consumer_sync();
+}
+
+// Chooses, counts and sends out the next token of every row. Returns whether the launch ends with it, at the same token
+// for all CTAs: the host wants it, a row has its last token, or that was the number of steps.
+__device__ __forceinline__ bool choose_tokens(const Cta& cta, const Exchange& exchange, int step) {
+  cta.consumer_sync();
+  gather_best(cta);
+  if (cta.args.sampled_rows != 0) {
+    cta.consumer_sync();
+    if (cta.args.adjusted_rows != 0) adjust_rows(cta, step);
+    if (cta.args.filtered_rows != 0) {
+      find_tops(cta, step);
+      find_filters(cta, step);
+    }
+    race_rows(cta, step);
+  }
+  cta.consumer_sync();
+  publish(cta, exchange, step);
+  grid_barrier(cta);
+  cta.trace(Moment::meet);
+  pick(cta, exchange, step);
+  return cta.shared.last != 0;
 }

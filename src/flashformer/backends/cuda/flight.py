@@ -1,0 +1,75 @@
+"""A launch on its way: the host reads tokens from pinned memory while the kernel draws the next."""
+
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+
+from flashformer.backends.base import Int32
+from flashformer.errors import FlashFormerError
+
+UNWRITTEN = -(1 << 31)
+ABANDONED = -3  # abandoned of kernel/candidate.cuh
+POLL_SECONDS = 20e-6  # a sleep, so that other threads run: the system makes about 70 µs of it
+
+
+class Flight:
+    """The tokens of one launch, an iterator over its steps; see `Launch`.
+
+    Every word of the ring is written once, by one CTA, and says itself whether it has been: no
+    other order between host and device is needed.
+    """
+
+    def __init__(self, num_steps: int, max_rows: int, num_rows: int) -> None:
+        self.ring = torch.full((num_steps, max_rows), UNWRITTEN, dtype=torch.int32).pin_memory()
+        self.stop_word = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._tokens = self.ring.numpy()[:, :num_rows]
+        self._step = 0
+        self._ended: torch.cuda.Event | None = None
+        self._check: Callable[[], None] = lambda: None
+
+    def depart(self, stream: Any, check: Callable[[], None]) -> None:
+        """The kernel was put on `stream`; `check` raises what it reported once it has ended."""
+        self._ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._ended.record(stream)
+        self._check = check
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Int32:
+        if not self._wait():
+            self.land()
+            raise StopIteration
+        tokens: Int32 = self._tokens[self._step].copy()
+        if (tokens == ABANDONED).any():
+            self.land()
+            raise FlashFormerError("the CUDA kernel abandoned a token without saying why")
+        self._step += 1
+        return tokens
+
+    def stop(self) -> None:
+        """Ask the kernel to end at the next token."""
+        self.stop_word[0] = 1
+
+    def land(self) -> None:
+        """Stop, wait for the kernel's end, and raise what it has reported."""
+        if self._ended is not None:
+            self.stop()
+            self._ended.synchronize()
+            self._ended = None
+            self._check()
+
+    def _wait(self) -> bool:
+        """Whether there is a next step, as soon as that is known."""
+        if self._step == len(self._tokens):
+            return False
+        while not self._arrived():
+            if self._ended is None or self._ended.query():  # type: ignore[no-untyped-call]
+                return self._arrived()
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def _arrived(self) -> bool:
+        return bool((self._tokens[self._step] != UNWRITTEN).all())

@@ -1,0 +1,3 @@
+// The sampler reads nothing from the ring.
+#pragma once
+#include "cta.cuh"

@@ -1,0 +1,47 @@
+// The token loop of decode.cu without a model: the logits of every step come from outside.
+#include "ptx.cuh"  // before the generated header, whose words it defines
+#include "sample.cuh"
+
+namespace {
+
+const StepArgs* args;
+const float* logits;  // [num_steps][num_rows][vocab_size]
+Shared shared_memory[config::num_ctas];
+alignas(128) u8 dynamic_memory[config::num_ctas][1 << 16];
+
+void head(Cta& cta, int step) {
+  clear_best(cta);
+  const Shape shape(Kind::lm_head, cta.idx);
+  for (int tile = shape.begin; tile < shape.end; ++tile) {
+    if (cta.warp != tile % num_consumer_warps) continue;
+    for (int i = 0; 2 * i < cta.args.num_rows; ++i) {
+      const int token = cta.lane / 16 + 2 * i, id = tile * tile_rows + cta.lane % 16;
+      const bool valid = token < cta.args.num_rows && id < config::vocab_size;
+      const float logit = valid ? logits[(u64(step) * cta.args.num_rows + token) * config::vocab_size + id] : 0.f;
+      head_output(cta, tile, cta.lane % 16, token, i, logit);
+    }
+  }
+}
+
+void consume() {
+  Cta cta(*args, dynamic_memory[blockIdx.x], shared_memory[blockIdx.x]);
+  if (cta.thread < max_rows) cta.shared.rstd[cta.thread] = 1.f;
+  const Exchange exchange(*args);
+  start_barriers(cta);
+  cta.consumer_sync();
+  for (int step = 0; step < args->num_steps; ++step) {
+    head(cta, step);
+    cta.shared.stop = ld_relaxed_sys(args->stop);
+    if (choose_tokens(cta, exchange, step)) return;
+  }
+}
+
+}  // namespace
+
+extern "C" void draw(const StepArgs* step_args, const float* all_logits) {
+  args = step_args;
+  logits = all_logits;
+  std::memset(shared_memory, 0, sizeof shared_memory);
+  std::memset(dynamic_memory, 0xff, sizeof dynamic_memory);
+  simt::run(config::num_ctas, num_consumers, consume);
+}
