@@ -56,12 +56,12 @@ def test_every_example_of_the_command_line_runs(cli, checkpoint, monkeypatch):
     for program, verb, *rest in command_lines():
         assert program == "flashformer"
         verbs.add(verb)
-        if verb == "bench":
+        if verb in ("bench", "serve"):
             flags = {part for part in rest if part.startswith("-")}
-            assert all(flag in cli("bench", "--help").out for flag in flags)
+            assert all(flag in cli(verb, "--help").out for flag in flags)
             continue
         argv = [part.replace(PLACEHOLDER, str(checkpoint("llama"))) for part in rest]
         ended = cli(verb, *argv, stdin="hello\n/exit\n")
         assert ended.code == 0, ended.err
         assert ended.out
-    assert verbs == {"run", "chat", "inspect", "plan", "bench", "doctor"}
+    assert verbs == {"run", "chat", "serve", "inspect", "plan", "bench", "doctor"}
