@@ -37,6 +37,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with Running() as server:
         server.ask(PATH, {**prompt(0), "max_tokens": 4, "stream": False})
         server.ask(CHAT, {**formed(0), "max_tokens": 1, "stream": False})
+        for _ in range(8):  # all threads that encode long texts
+            leave(server, {"prompt": "word " * 20_000}, rng, 0.01)
+        server.wait_idle()
         before = server.resources()
         for name, stage in stages.items():
             began = time.monotonic()

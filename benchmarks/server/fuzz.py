@@ -16,7 +16,7 @@ from typing import Any
 
 from running import PATH, Running, run_and_record
 
-NUM_THREADS = 4
+NUM_THREADS = 8
 RSS_SHARE = 0.05
 VICTIM = {"prompt": [5, 9, 2, 44], "max_tokens": 24, "temperature": 0.8, "seed": 5, "logprobs": 5}
 TOOL = {
@@ -103,7 +103,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The requests, in threads with connections of their own."""
     counts: collections.Counter[str] = collections.Counter()
     bad: list[Any] = []
-    with Running() as server:
+    with Running(context=128) as server:  # what has no limit of its own ends soon
         first = answer(server)
         run(server, 2000, counts, bad, seed=0)  # fills pools and caches
         before = server.resources()

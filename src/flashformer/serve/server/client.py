@@ -7,7 +7,9 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from flashformer.serve.server.metrics import Metrics
 from flashformer.serve.server.settings import Limits, ServeOptions
 from flashformer.serve.server.supervisor import Supervisor
 
+NUM_ENCODERS = 2
 _SWEEP_SECONDS = 0.25
 _LONG_TEXT = 1 << 14  # characters; a longer text is tokenised beside the event loop
 _ABORTED = ServerError(
@@ -57,6 +60,8 @@ class EngineClient:
         self._helpers: HelperPool | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._down: str | None = None  # why there is no engine any more
+        # Few threads: a megabyte of text takes a hundred of memory while it is encoded.
+        self._encoders = ThreadPoolExecutor(NUM_ENCODERS, "encode")
         self.tokenizer: Tokenizer | None = None
         self.draining = False
 
@@ -88,6 +93,7 @@ class EngineClient:
             self._sweeper.cancel()
         if self._helpers is not None:
             await self._helpers.close()
+        self._encoders.shutdown(wait=False, cancel_futures=True)
         await self._supervisor.close()
 
     @property
@@ -175,9 +181,8 @@ class EngineClient:
         tokenizer = self._tokenizer()
         if len(text) < _LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(
-            tokenizer.encode, text, add_special_tokens=add_special_tokens
-        )
+        encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
