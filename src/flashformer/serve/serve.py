@@ -108,7 +108,7 @@ def serve(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> int:
-    """Serve MODEL over HTTP: OpenAI's and Anthropic's APIs, metrics, and a page at /."""
+    """Serve MODEL over HTTP, as OpenAI's and Anthropic's clients expect it."""
     _require_packages()
     from flashformer.serve.server.settings import Limits, ServeOptions
 
@@ -149,7 +149,7 @@ def _run(serve_options: "ServeOptions", terminal: Terminal) -> int:
         )
         terminal.note(f"memory   {ready.memory}")
         terminal.note(f"listens  {url} ({key_sentence(len(serve_options.api_keys))})")
-        terminal.note(f"try      curl {url}/v1/models · a page for people is at {url}/")
+        terminal.note(f"try      curl {url}/v1/models")
 
     if not terminal.quiet:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
