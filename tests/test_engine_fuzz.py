@@ -29,14 +29,13 @@ PARAMS = [
 class EngineMachine(RuleBasedStateMachine):
     """Few pages, small batches, shared prefixes, a poisoned token, a backend that may fail."""
 
+    kind = FakeBackend
     prompt_rows = 0
 
     def __init__(self):
         super().__init__()
         plan = fake_plan(context=32, max_batch=3, max_rows=8, prompt_rows=self.prompt_rows)
-        self.backend = FakeBackend(
-            plan, num_pages=14, poison={60}, fail_steps=set(range(9, 999, 9))
-        )
+        self.backend = self.kind(plan, num_pages=14, poison={60}, fail_steps=set(range(9, 999, 9)))
         self.engine = Engine(self.backend, seed=3)
         self.requests = []
         self.tokens = {}

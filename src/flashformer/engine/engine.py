@@ -11,17 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashformer.backends.base import Backend, StepBatch, StepResult
+from flashformer.backends.base import NOT_A_NUMBER, Backend, StepBatch, StepResult
 from flashformer.engine.constraint import Constraint
 from flashformer.engine.kv_cache import KvCache
+from flashformer.engine.launched import Launched
 from flashformer.engine.logprobs import position_logprobs
+from flashformer.engine.prompt_check import check_prompt, check_room
 from flashformer.engine.sampler import Draw, sample
 from flashformer.engine.sampling import SamplingParams, check_vocabulary
 from flashformer.engine.sequence import Delta, Logprobs, Request, Sequence
 from flashformer.engine.tokenizer import Tokenizer
-from flashformer.errors import ContextLengthError, ParameterError, UsageError
+from flashformer.errors import ParameterError, UsageError
 
 Float32 = npt.NDArray[np.float32]
+
+_NAN = "the model gave a logit that is not a number"
+_NOT_FINITE = "the model's largest logit is not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Engine:
         self._num_requests = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order in which they started
+        self._launched: Launched | None = None
         self.context = plan.options.context
         self._machine = plan.machine
         self.kv_cache = KvCache(
@@ -98,55 +104,14 @@ class Engine:
 
     def check(self, prompt_token_ids: Items[int], params: SamplingParams) -> tuple[int, ...]:
         """The prompt as it will be used (an empty one becomes the bos token), or a `UsageError`."""
-        prompt = self.check_prompt(prompt_token_ids)
+        prompt = check_prompt(prompt_token_ids, self._spec)
         check_vocabulary(params, self._spec.vocab_size, self.eos_token_ids)
         if params.stop and self._tokenizer is None:
             raise ParameterError(
                 "stop", "needs a tokenizer, and the checkpoint has none; use stop_token_ids"
             )
-        room = self.context - len(prompt)
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {self.context} and "
-                "must keep room for at least one new token; shorten the prompt or load the model "
-                "with a larger context."
-            )
-        if params.min_tokens > room:
-            raise ParameterError(
-                "min_tokens",
-                f"asks for {params.min_tokens} tokens, but a prompt of {len(prompt)} tokens leaves "
-                f"room for {room} in the context of {self.context}",
-            )
-        most = len(prompt) + min(room, params.max_tokens or room) - 1
-        if self.kv_cache.pages_for(most) > self.kv_cache.num_pages:
-            raise ContextLengthError(
-                f"{most} positions need {self.kv_cache.pages_for(most)} KV pages, but there are "
-                f"{self.kv_cache.num_pages}; shorten the prompt or lower max_tokens."
-            )
+        check_room(prompt, params, self.context, self.kv_cache)
         return prompt
-
-    def check_prompt(self, prompt_token_ids: Items[int]) -> tuple[int, ...]:
-        """Token ids as a tuple of ints inside the vocabulary, not empty."""
-        prompt = tuple(prompt_token_ids)
-        if not prompt:
-            if self._spec.bos_token_id is None:
-                raise UsageError(
-                    "the prompt is empty and the model has no beginning-of-sequence token to start "
-                    "from; give at least one token."
-                )
-            return (self._spec.bos_token_id,)
-        for place, token_id in enumerate(prompt):
-            if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
-                raise UsageError(
-                    f"a prompt's token ids must be integers, but number {place} is a "
-                    f"{type(token_id).__name__}."
-                )
-            if not 0 <= token_id < self._spec.vocab_size:
-                raise UsageError(
-                    f"token id {token_id} at place {place} of the prompt is outside the model's "
-                    f"vocabulary of {self._spec.vocab_size}."
-                )
-        return tuple(int(token_id) for token_id in prompt)
 
     def add(
         self,
@@ -200,9 +165,16 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run the model once and return the news, in the order in which the sequences started.
 
-        If the backend raises, no token is lost: the next call repeats the same rows.
+        A backend that draws many tokens by itself goes on meanwhile, and a step takes the next of
+        them. If the backend raises, no token is lost: the next call repeats the same rows.
         """
+        news = self._collect()
+        if news is not None:
+            return news
         self._admit()
+        self._launched = Launched.start(self._backend, self._running, self.kv_cache)
+        if self._launched is not None:
+            return self._collect() or []
         parts = self._parts()
         if not parts:
             return []
@@ -219,12 +191,14 @@ class Engine:
 
     def logits(self, token_ids: Items[int]) -> Float32:
         """The logits of every position, [len, vocab_size], computed beside whatever is running."""
-        ids = self.check_prompt(token_ids)
+        ids = check_prompt(token_ids, self._spec)
         if len(ids) > self.context:
             raise UsageError(
                 f"{len(ids)} tokens are more than the context of {self.context}; shorten the text "
                 "or load the model with a larger context."
             )
+        if self._launched is not None:
+            self._launched.halt()
         opened = self.kv_cache.open(ids, len(ids), reuse=False)
         if opened is None:
             raise UsageError(
@@ -252,14 +226,43 @@ class Engine:
             self.kv_cache.close(slot)
         return rows
 
+    def _collect(self) -> list[Delta] | None:
+        """The next token of the launch on its way; None if there is none."""
+        launched = self._launched
+        if launched is None:
+            return None
+        if self._waiting and self.kv_cache.fits(*self._wishes(self._waiting[0])):
+            launched.stop()
+        self._launched = None  # unless it goes on: what it had drawn before an error is drawn again
+        tokens = launched.next()
+        if tokens is None:
+            return None
+        self._launched = launched
+        return [
+            self._take(sequence, int(token_id))
+            for sequence, token_id in zip(launched.sequences, tokens, strict=True)
+            if sequence.finish_reason is None
+        ]
+
+    def _take(self, sequence: Sequence, token_id: int) -> Delta:
+        """Note the token that the device has drawn for a sequence."""
+        if token_id == NOT_A_NUMBER:
+            return self._fail(sequence, _NAN)
+        if token_id < 0:
+            return self._fail(sequence, _NOT_FINITE)
+        sequence.num_computed += 1
+        self.kv_cache.index(sequence.slot, sequence.token_ids, sequence.num_computed)
+        try:
+            return self._append(sequence, token_id, ())
+        except Exception as error:
+            return self._fail(sequence, f"{type(error).__name__}: {error}")
+
     def _admit(self) -> None:
         """Start the longest waiting sequence, unless a prompt is being read or there is no room."""
         if not self._waiting or any(sequence.in_prompt for sequence in self._running):
             return
         sequence = self._waiting[0]
-        # Cached positions have no logits, and logprobs of the prompt need them.
-        reuse = self._reuse and not self._wants_prompt_logprobs(sequence)
-        opened = self.kv_cache.open(sequence.token_ids, sequence.max_positions, reuse=reuse)
+        opened = self.kv_cache.open(*self._wishes(sequence))
         if opened is not None:
             sequence.start(*opened)
             self._running.append(self._waiting.popleft())
@@ -279,6 +282,12 @@ class Engine:
             last = num_rows - 1 if num_rows == pending else num_rows
             parts.append(_Part(sequence, num_rows, 0 if wants_all else last))
         return parts
+
+    def _wishes(self, sequence: Sequence) -> tuple[Items[int], int, bool]:
+        """What a sequence asks of the cache: tokens, positions, whether to reuse a prefix."""
+        # Cached positions have no logits, and logprobs of the prompt need them.
+        reuse = self._reuse and not self._wants_prompt_logprobs(sequence)
+        return sequence.token_ids, sequence.max_positions, reuse
 
     def _wants_prompt_logprobs(self, sequence: Sequence) -> bool:
         return sequence.request.params.prompt_logprobs is not None and sequence.index == 0
@@ -311,7 +320,7 @@ class Engine:
         sequence = part.sequence
         rows = slice(place, place + num_logits)
         if (result.argmax[rows] < 0).any():
-            return self._fail(sequence, "the model gave a logit that is not a number")
+            return self._fail(sequence, _NAN)
         in_prompt = sequence.in_prompt
         first = sequence.num_computed
         sequence.num_computed += part.num_rows
@@ -339,10 +348,13 @@ class Engine:
         if token_id < 0 and allowed is not None and np.isfinite(logits[argmax]):
             return self._fail(sequence, "the grammar allows none of the tokens that may be chosen")
         if token_id < 0:
-            return self._fail(sequence, "the model's largest logit is not finite")
+            return self._fail(sequence, _NOT_FINITE)
         logprobs: tuple[Logprobs, ...] = ()
         if params.logprobs is not None:
             logprobs = (position_logprobs(logits, token_id, params.logprobs, self._decode_one),)
+        return self._append(sequence, token_id, logprobs)
+
+    def _append(self, sequence: Sequence, token_id: int, logprobs: tuple[Logprobs, ...]) -> Delta:
         delta = sequence.append(token_id, logprobs)
         if delta.finish_reason is not None:
             self._release(sequence)
@@ -374,6 +386,8 @@ class Engine:
         return sequence.end(reason)
 
     def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
+        if self._launched is not None:
+            self._launched.stop()
         self.kv_cache.close(sequence.slot, keep=keep)
         sequence.slot = -1
         self._running.remove(sequence)

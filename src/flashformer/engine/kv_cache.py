@@ -70,20 +70,18 @@ class KvCache:
         return len(self.page_table) - len(self._slots)
 
     def open(
-        self, token_ids: Sequence[int], max_tokens: int, *, reuse: bool = True
+        self, token_ids: Sequence[int], max_tokens: int, reuse: bool = True
     ) -> tuple[int, int] | None:
         """A slot for a sequence of at most `max_tokens` stored positions: (slot, cached tokens).
 
         The cached tokens are positions whose keys and values are there already; at least one token
         of `token_ids` is always left to compute. None: no slot or not enough pages now.
         """
-        if not self.num_free_slots:
+        found = self._find(token_ids, max_tokens, reuse)
+        if found is None:
             return None
-        keys, pages = self._match(token_ids) if reuse else ([], [])
+        keys, pages = found
         budget = self.pages_for(max_tokens)
-        idle = sum(page in self._idle for page in pages)
-        if budget - len(pages) > self.num_available - idle:
-            return None
         slot = next(i for i in range(len(self.page_table)) if i not in self._slots)
         self._slots[slot] = _Slot(budget, pages, keys)
         for page in pages:
@@ -91,6 +89,10 @@ class KvCache:
             self._idle.pop(page, None)
         self.page_table[slot, : len(pages)] = pages
         return slot, len(pages) * self.page_tokens
+
+    def fits(self, token_ids: Sequence[int], max_tokens: int, reuse: bool = True) -> bool:
+        """Whether `open` would succeed."""
+        return self._find(token_ids, max_tokens, reuse) is not None
 
     def extend(self, slot: int, num_tokens: int) -> None:
         """Give the slot pages for its first `num_tokens` positions."""
@@ -154,6 +156,18 @@ class KvCache:
         assert self.num_available >= 0, "more pages are reserved than exist"
         for index in set(range(len(self.page_table))) - set(self._slots):
             assert (self.page_table[index] == -1).all()
+
+    def _find(
+        self, token_ids: Sequence[int], max_tokens: int, reuse: bool
+    ) -> tuple[list[bytes], list[int]] | None:
+        """Keys and pages of the cached prefix, if there is a slot and room for the rest."""
+        if not self.num_free_slots:
+            return None
+        keys, pages = self._match(token_ids) if reuse else ([], [])
+        idle = sum(page in self._idle for page in pages)
+        if self.pages_for(max_tokens) - len(pages) > self.num_available - idle:
+            return None
+        return keys, pages
 
     def _match(self, token_ids: Sequence[int]) -> tuple[list[bytes], list[int]]:
         keys: list[bytes] = []

@@ -56,6 +56,11 @@ class TokenCounts:
         self._ids[place] = token_id
         self._generated[place] += 1
 
+    def as_dict(self) -> dict[int, int]:
+        """How often each of its tokens was generated; 0: only given."""
+        counted = self._generated[: len(self._place)].astype(int).tolist()
+        return dict(zip(self._place, counted, strict=True))
+
     def penalise(self, logits: Float32, params: SamplingParams) -> None:
         """Change `logits` in place: repetition by prompt and output, the others by the output."""
         ids, generated = self._ids[: len(self._place)], self._generated[: len(self._place)]
