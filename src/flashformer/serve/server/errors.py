@@ -41,7 +41,8 @@ class Problem:
     def body(self, path: str) -> dict[str, Any]:
         """As the API of this path writes errors."""
         if path.startswith("/v1/messages"):
-            return {"type": "error", "error": {"type": self.kind, "message": self.message}}
+            detail = {"type": self.kind, "message": self.message, "param": self.param}
+            return {"type": "error", "error": detail}
         error = {
             "message": self.message,
             "type": self.kind,

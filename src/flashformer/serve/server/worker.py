@@ -10,7 +10,7 @@ import hashlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import msgspec
@@ -247,7 +247,13 @@ def describe(llm: LLM, name: str) -> ModelInfo:
         bos_token_id=plan.spec.bos_token_id,
         has_tokenizer=llm.tokenizer is not None,
         has_chat_template=bool(llm.chat_templates.templates),
+        chat_template=_template_source(llm.chat_templates.templates),
     )
+
+
+def _template_source(templates: Mapping[str, str]) -> str:
+    """The template that conversations with tools use, else the default."""
+    return templates.get("tool_use") or templates.get("default", "")
 
 
 def _stages(plan: Plan) -> tuple[dict[str, object], ...]:
