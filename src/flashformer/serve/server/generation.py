@@ -40,7 +40,7 @@ class Generation:
         exchange.streaming = parsed.stream
         responder: Responder | None = None
         try:
-            prompts = [await self._token_ids(prompt) for prompt in parsed.prompts]
+            prompts = [await token_ids_of(self._client, prompt) for prompt in parsed.prompts]
             decode = self._client.decode
             responder = parsed.responder(exchange.request_id, prompts, decode)
             request = GenerateRequest(
@@ -59,21 +59,6 @@ class Generation:
                 await self._break_off(exchange, responder, problem)
             else:
                 await send_problem(exchange, problem)
-
-    async def _token_ids(self, prompt: Prompt) -> Sequence[int]:
-        if isinstance(prompt, ChatPrompt):
-            return await self._client.render_chat(
-                prompt.messages,
-                prompt.tools,
-                add_generation_prompt=prompt.add_generation_prompt,
-                continue_final_message=prompt.continue_final_message,
-                template_kwargs=prompt.template_kwargs,
-            )
-        if isinstance(prompt, TextPrompt):
-            return await self._client.tokenize(
-                prompt.text, add_special_tokens=prompt.add_special_tokens
-            )
-        return prompt
 
     async def _stream(
         self, exchange: Exchange, request: GenerateRequest, responder: Responder
@@ -117,3 +102,18 @@ def _require_sound(event: GenerateEvent) -> None:
     if event.finish_reason == "error":
         status = 400 if event.client_fault else 500
         raise RequestError(status, event.error or "the engine failed.", code="generation_failed")
+
+
+async def token_ids_of(client: EngineClient, prompt: Prompt) -> Sequence[int]:
+    """A prompt in any form as token ids, not yet checked against the context."""
+    if isinstance(prompt, ChatPrompt):
+        return await client.render_chat(
+            prompt.messages,
+            prompt.tools,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            template_kwargs=prompt.template_kwargs,
+        )
+    if isinstance(prompt, TextPrompt):
+        return await client.tokenize(prompt.text, add_special_tokens=prompt.add_special_tokens)
+    return prompt

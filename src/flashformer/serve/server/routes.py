@@ -13,15 +13,24 @@ from starlette.routing import Route
 
 from flashformer import __version__
 from flashformer.errors import FlashFormerError
+from flashformer.serve.protocol import tokens
+from flashformer.serve.protocol.chat import ChatCompletions
+from flashformer.serve.protocol.completions import Completions
+from flashformer.serve.protocol.messages import Messages, parse_count
+from flashformer.serve.protocol.responses import Responses
 from flashformer.serve.server.client import EngineClient
 from flashformer.serve.server.endpoint import Endpoint, RequestError
 from flashformer.serve.server.errors import problem_of, send_problem
 from flashformer.serve.server.exchange import Exchange, Receive, Scope, Send, Ticker
-from flashformer.serve.server.generation import Generation
-from flashformer.serve.server.messages import ModelInfo
+from flashformer.serve.server.generation import Generation, token_ids_of
 
 # What generates, by path.
-ENDPOINTS: Mapping[str, Endpoint] = {}
+ENDPOINTS: Mapping[str, Endpoint] = {
+    "/v1/chat/completions": ChatCompletions(),
+    "/v1/completions": Completions(),
+    "/v1/responses": Responses(),
+    "/v1/messages": Messages(),
+}
 Answer = Callable[[Exchange], Awaitable[None]]
 
 _LIVE_SECONDS = 0.25  # between two pictures of the machine
@@ -58,7 +67,10 @@ def make_routes(
         "/v1/models/{model:path}": small.model,
     }
     post: dict[str, Answer] = {
-        path: Generation(endpoint, client, ticker) for path, endpoint in endpoints.items()
+        "/tokenize": small.tokenize,
+        "/detokenize": small.detokenize,
+        "/v1/messages/count_tokens": small.count_tokens,
+        **{path: Generation(endpoint, client, ticker) for path, endpoint in endpoints.items()},
     }
     return [
         Route(path, Served(answer, client), methods=[method])
@@ -109,8 +121,7 @@ class Small:
 
     async def models(self, exchange: Exchange) -> None:
         """The one model."""
-        body = {"object": "list", "data": [_model_json(self._client.info)]}
-        await exchange.send_json(200, body)
+        await exchange.send_json(200, tokens.models_body(self._client.info))
 
     async def model(self, exchange: Exchange) -> None:
         """The one model by its name."""
@@ -123,14 +134,23 @@ class Small:
                 "model",
                 "model_not_found",
             )
-        await exchange.send_json(200, _model_json(info))
+        await exchange.send_json(200, tokens.model_body(info))
 
+    async def tokenize(self, exchange: Exchange) -> None:
+        """Text or a conversation to token ids."""
+        info = self._client.info
+        request = tokens.parse_tokenize(await exchange.body(), info)
+        token_ids = await token_ids_of(self._client, request.prompt)
+        body = tokens.tokenize_body(request, token_ids, info, self._client.decode)
+        await exchange.send_json(200, body)
 
-def _model_json(info: ModelInfo) -> dict[str, object]:
-    return {
-        "id": info.model_id,
-        "object": "model",
-        "created": info.created,
-        "owned_by": "flashformer",
-        "max_model_len": info.context,
-    }
+    async def detokenize(self, exchange: Exchange) -> None:
+        """Token ids to text."""
+        token_ids = tokens.parse_detokenize(await exchange.body(), self._client.info)
+        await exchange.send_json(200, {"prompt": self._client.detokenize(token_ids)})
+
+    async def count_tokens(self, exchange: Exchange) -> None:
+        """How long the prompt of a message would be."""
+        prompt = parse_count(await exchange.body(), self._client.info)
+        count = len(await token_ids_of(self._client, prompt))
+        await exchange.send_json(200, {"input_tokens": count})
