@@ -256,8 +256,8 @@ def test_a_response_fits_its_schema(client):
 
 
 def test_a_streamed_message_is_the_whole_message(claude):
-    wanted = {"model": "tiny", "max_tokens": 8, "messages": CHAT, "temperature": 1.0}
-    wanted |= {"system": "Be brief.", "extra_body": {"seed": 3}}
+    wanted = {"model": "tiny", "max_tokens": 8, "messages": CHAT}
+    wanted |= {"system": "Be brief.", "extra_body": SAMPLED}
     whole = claude.messages.create(**wanted)
     assert whole.stop_reason == "max_tokens"
     with claude.messages.stream(**wanted) as stream:
@@ -275,7 +275,7 @@ def test_a_message_stops_calls_and_continues(claude):
     tool = {"name": "get_weather", "input_schema": WEATHER}
     wanted = {"model": "tiny", "max_tokens": 200, "messages": CHAT, "tools": [tool]}
     wanted |= {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
-    with claude.messages.stream(**wanted, extra_body={"seed": 5}) as stream:
+    with claude.messages.stream(**wanted, extra_body=SAMPLED) as stream:
         answer = stream.get_final_message()
     assert answer.stop_reason == "tool_use"
     (call,) = answer.content
