@@ -10,6 +10,7 @@ import hashlib
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -132,7 +133,7 @@ class Worker:
             wire.Step(
                 seconds=seconds,
                 num_rows=max(len(deltas), sum(s.num_computed for s in running) - computed),
-                nbytes=self._bytes_of_step(),
+                nbytes=self._bytes_of_step(deltas),
                 started=tuple(started),
                 events=events,
                 usage=usage,
@@ -181,12 +182,16 @@ class Worker:
     def _key_of(self, request: Request) -> int:
         return self._places.get(request, (-1, 0))[0]
 
-    def _bytes_of_step(self) -> int:
-        """Weights once, keys and values of every running sequence."""
+    def _bytes_of_step(self, deltas: Sequence[Delta]) -> int:
+        """Weights, and keys and values of every running sequence, once for each token in a row."""
+        tokens = Counter[tuple[Request, int]]()
+        for delta in deltas:
+            tokens[delta.request, delta.index] += len(delta.token_ids)
         lengths = [sequence.num_computed for sequence in self._engine.running]
         batch = max(1, len(lengths))
         page = self._plan.machine.page_tokens
-        return self._bytes_per_step(-(-max(1, sum(lengths) // batch) // page) * page, batch)
+        context = -(-max(1, sum(lengths) // batch) // page) * page
+        return self._bytes_per_step(context, batch) * max((1, *tokens.values()))
 
     def _self_test(self) -> int:
         """The greedy token after the first of the vocabulary: the same for ever."""
