@@ -28,7 +28,7 @@ PEER_FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 def main() -> None:
     """Measure every format in turns and write one result file."""
-    options = parse_arguments()
+    options = parse_arguments(__doc__)
     result: dict[str, Any] = {
         "schema": 1,
         "kind": "comparison",
@@ -49,9 +49,9 @@ def main() -> None:
     print(path)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """The command line of the scripts that measure beside llama.cpp."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--llama-bench", type=Path, required=True, help="the built program")
     parser.add_argument("--folder", type=Path, required=True, help="where GGUF files are kept")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
@@ -66,13 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(options: argparse.Namespace, weight_format: str) -> dict[str, Any]:
     """All rounds of one format: samples of both sides, medians and their ratio."""
-    path = options.folder / f"{options.shape}-{PEER_FORMATS[weight_format]}.gguf"
-    if not path.exists():
-        options.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        spec = ModelSpec.from_hf(SHAPES[options.shape])
-        write_gguf(part, spec, PEER_FORMATS[weight_format])
-        part.rename(path)
+    path = gguf_file(options, weight_format)
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, float]] = []
     loads: list[float] = []  # of the last minute: above the number of threads, others were busy
@@ -100,6 +94,18 @@ def compare(options: argparse.Namespace, weight_format: str) -> dict[str, Any]:
         "samples": samples,
         "flashformer_runs": ours,
     }
+
+
+def gguf_file(options: argparse.Namespace, weight_format: str) -> Path:
+    """The peer's model of this shape and format, written at the first use."""
+    path: Path = options.folder / f"{options.shape}-{PEER_FORMATS[weight_format]}.gguf"
+    if not path.exists():
+        options.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        spec = ModelSpec.from_hf(SHAPES[options.shape])
+        write_gguf(part, spec, PEER_FORMATS[weight_format])
+        part.rename(path)
+    return path
 
 
 def row_of(run: dict[str, Any], test: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ python benchmarks/tables.py [--check]
 import argparse
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +15,10 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COMPARISON = (
     "| model | format | test | FlashFormer tok/s | share of bandwidth | {peer} tok/s | ratio |",
     "|---|---|---|---:|---:|---:|---:|",
+)
+NEIGHBOUR = (
+    "| model | format | beside an endless loop on one core | alone tok/s | beside tok/s | kept |",
+    "|---|---|---|---:|---:|---:|",
 )
 ALONE = (
     "| model | format | test | tok/s | ms/step | GB/s | share of bandwidth |",
@@ -80,7 +85,7 @@ def title(result: dict[str, Any]) -> str:
     """The machine in a few words."""
     if "gpu" in result:
         return f"**{result['gpu']['name']}**"
-    compares = result["kind"] == "comparison"
+    compares = result["kind"] in KINDS
     cpu = result["system" if compares else "machine"]["cpu"]
     threads = result["threads"] if compares else result["machine"]["threads"]
     return f"**{cpu}, {threads} threads**"
@@ -135,7 +140,26 @@ def prompt_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     return rows
 
 
-KINDS = {"comparison": (COMPARISON, comparison_rows), "prefill": (PROMPTS, prompt_rows)}
+def neighbour_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Case and line of each engine beside a busy neighbour."""
+    rows = []
+    for engine, found in result["samples"].items():
+        case = (result["model"]["name"], result["format"], engine)
+        cells = (
+            *case,
+            f"{median(found['alone']):.2f}",
+            f"{median(found['beside']):.2f}",
+            f"{result['kept'][engine]:.0%}",
+        )
+        rows.append((case, "| " + " | ".join(cells) + " |"))
+    return rows
+
+
+KINDS = {
+    "comparison": (COMPARISON, comparison_rows),
+    "neighbour": (NEIGHBOUR, neighbour_rows),
+    "prefill": (PROMPTS, prompt_rows),
+}
 
 
 if __name__ == "__main__":
