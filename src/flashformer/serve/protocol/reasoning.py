@@ -23,6 +23,11 @@ class ReasoningParser:
         """Whether what comes next is reasoning."""
         return self._state in (self._begin_inside, self._inside)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether what came so far may still open the block."""
+        return self._state == self._at_start
+
     def add(self, text: str) -> list[Piece]:
         """The pieces that became certain with this text."""
         self._pending += text

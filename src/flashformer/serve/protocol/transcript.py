@@ -40,15 +40,19 @@ class Transcript:
     num_reasoning_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    num_undecided: int = 0  # tokens at the start that may yet turn out to open the reasoning
 
     def add(self, event: GenerateEvent) -> list[Piece]:
         """Take an event; what became certain with it."""
-        before = self.reasoning is not None and self.reasoning.inside
+        parser = self.reasoning
+        before = parser is not None and parser.inside
         pieces = self._pieces(event)
-        after = self.reasoning is not None and self.reasoning.inside
         self.num_tokens += len(event.token_ids)
-        if before or after:
-            self.num_reasoning_tokens += len(event.token_ids)
+        self.num_undecided += len(event.token_ids)
+        if parser is not None and (before or parser.inside):
+            self.num_reasoning_tokens += self.num_undecided
+        if parser is None or not parser.undecided:
+            self.num_undecided = 0
         self.logprobs += zip(event.token_ids, event.logprobs, strict=False)
         self.finish_reason = event.finish_reason
         self.stop_reason = event.stop_reason
