@@ -148,6 +148,25 @@ def test_closing_the_iterator_cancels_the_request():
     asyncio.run(main())
 
 
+def test_a_huge_text_does_not_hold_up_the_event_loop():
+    async def main():
+        client = EngineClient(TINY)
+        await client.start()
+        task = asyncio.create_task(client.tokenize("a few words " * 40_000))
+        worst = 0.0
+        while not task.done():
+            began = time.monotonic()
+            await asyncio.sleep(0.001)
+            worst = max(worst, time.monotonic() - began)
+        ids = await task
+        assert client.decode(ids[-40:]).endswith("a few words ")
+        assert ids[-9:] == (await client.tokenize("a few words " * 40))[-9:]
+        await client.close()
+        return worst
+
+    assert asyncio.run(main()) < 0.2  # the text takes more than half a second
+
+
 def test_what_no_frame_can_hold_is_the_request_s_fault():
     async def main():
         pool = HelperPool(setup({"default": "ok"}), Limits())

@@ -22,6 +22,7 @@ from flashformer.model.checkpoint import member, read_json
 
 FILE = "tokenizer.json"
 MAX_FILE_BYTES = 64 << 20
+_LONG_TEXT = 1 << 14  # characters
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPECIAL_NAMES = (
     "bos_token",
@@ -130,7 +131,13 @@ class Tokenizer:
                 f"the text is not valid Unicode: there is half of a surrogate pair at character "
                 f"{error.start}; remove it."
             ) from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < _LONG_TEXT:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        else:  # lets other threads run meanwhile, and keeps no places of tokens in the text
+            (encoding,) = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -81,6 +81,13 @@ def open_channel(descriptor: int, wakers: Sequence[int] = ()) -> Channel:
     return Channel(socket.socket(fileno=descriptor), wakers)
 
 
+def return_memory() -> None:
+    """Give freed memory back to the system, where the C library would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def limit_memory(nbytes: int) -> None:
     """In the child: let allocations beyond `nbytes` fail instead of filling the machine."""
     resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))

@@ -7,15 +7,14 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flashformer.engine.chat import ChatTemplates
 from flashformer.engine.tokenizer import Tokenizer
 from flashformer.serve.server import wire
+from flashformer.serve.server.encoding import Encoders
 from flashformer.serve.server.flight import Flight, require_room
 from flashformer.serve.server.helpers import HelperPool
 from flashformer.serve.server.live import LiveStats, Recorder, Slot
@@ -31,9 +30,7 @@ from flashformer.serve.server.metrics import Metrics
 from flashformer.serve.server.settings import Limits, ServeOptions
 from flashformer.serve.server.supervisor import Supervisor
 
-NUM_ENCODERS = 2
 _SWEEP_SECONDS = 0.25
-_LONG_TEXT = 1 << 14  # characters; a longer text is tokenised beside the event loop
 _ABORTED = ServerError(
     "the server is shutting down and ended this request.", code="server_shutting_down"
 )
@@ -60,8 +57,7 @@ class EngineClient:
         self._helpers: HelperPool | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._down: str | None = None  # why there is no engine any more
-        # Few threads: a megabyte of text takes a hundred of memory while it is encoded.
-        self._encoders = ThreadPoolExecutor(NUM_ENCODERS, "encode")
+        self._encoders = Encoders()
         self.tokenizer: Tokenizer | None = None
         self.draining = False
 
@@ -93,7 +89,7 @@ class EngineClient:
             self._sweeper.cancel()
         if self._helpers is not None:
             await self._helpers.close()
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._encoders.close()
         await self._supervisor.close()
 
     @property
@@ -178,11 +174,9 @@ class EngineClient:
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text."""
-        tokenizer = self._tokenizer()
-        if len(text) < _LONG_TEXT:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode)
+        return await self._encoders.encode(
+            self._tokenizer(), text, add_special_tokens=add_special_tokens
+        )
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
