@@ -13,6 +13,8 @@ from flashformer.serve.protocol.rules import AnswerRules
 from flashformer.serve.server.endpoint import Decode, Prompt, RequestError, Responder
 from flashformer.serve.server.messages import Grammar, ModelInfo
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: for each token
+
 Make = Callable[[Sequence[Sequence[int]], Decode], Responder]
 
 
@@ -72,7 +74,7 @@ def call_id(prefix: str = "call_") -> str:
 
 def dumps(value: object) -> str:
     """JSON in one line."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def event(value: object, name: str | None = None) -> str:
