@@ -1,6 +1,7 @@
 """The official clients of OpenAI and Anthropic, unpatched, against every endpoint over loopback."""
 
 import json
+from itertools import combinations
 
 import anthropic
 import openai
@@ -303,3 +304,47 @@ def test_text_becomes_token_ids_and_text_again(serving):
     status, chat, _ = serving.ask("/tokenize", {"messages": CHAT})
     assert (status, chat["count"] > 3) == (200, True)
     assert serving.ask("/detokenize", {"tokens": [10**6]})[1]["error"]["param"] == "tokens"
+
+
+FEATURES = {
+    "stream": {"stream": True},
+    "n": {"n": 2},
+    "logprobs": {"logprobs": True, "top_logprobs": 3},
+    "prompt_logprobs": {"prompt_logprobs": 2},
+    "stop": {"stop": ["e", "zz"]},
+    "form": {"response_format": {"type": "regex", "pattern": "[a-f]{2,40}"}},
+    "calls": {"tools": [TOOL], "tool_choice": "required"},
+    "penalties": {"presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.3},
+    "bias": {"logit_bias": {"70": 50, "71": -100}},
+    "greedy": {"temperature": 0},
+    "filters": {"top_p": 0.5, "top_k": 9, "min_p": 0.1, "temperature": 1.5, "seed": 9},
+    "one": {"max_tokens": 1},
+    "ignore_eos": {"ignore_eos": True},
+    "min_tokens": {"min_tokens": 5, "max_tokens": 7},
+    "continued": {"continue_final_message": True},
+}
+
+
+def test_every_pair_of_features_gives_a_whole_answer(serving):
+    base = {"messages": [*CHAT, {"role": "assistant", "content": "I"}], "max_tokens": 12}
+    for first, second in combinations(FEATURES, 2):
+        pair = {first, second}
+        if pair == {"one", "min_tokens"}:
+            continue  # they contradict each other
+        body = {**base, **FEATURES[first], **FEATURES[second]}
+        if "stream" in pair:
+            *chunks, done = serving.stream(body, "/v1/chat/completions")
+            assert done == "[DONE]", pair
+            chunks = [json.loads(chunk) for chunk in chunks]
+            ends = [c["choices"][0]["finish_reason"] for c in chunks if "choices" in c]
+            assert len([end for end in ends if end]) == body.get("n", 1), (pair, chunks[-1])
+            continue
+        status, answer, _ = serving.ask("/v1/chat/completions", body)
+        assert status == 200, (pair, answer)
+        for choice in answer["choices"]:
+            assert choice["finish_reason"] in ("stop", "length", "tool_calls"), pair
+            text = choice["message"]["content"] or ""
+            if "form" in pair and not pair & {"calls", "continued"}:
+                assert set(text) <= set("abcdef"), (pair, text)
+            if "logprobs" in pair:
+                assert choice["logprobs"]["content"], pair
