@@ -153,10 +153,9 @@ def test_a_damaged_side_file_is_named(copied, name, value):
     assert "\n" not in str(caught.value)
 
 
-def test_the_embedded_default_runs_and_says_that_it_is_noise(tmp_path, monkeypatch):
+def test_the_embedded_default_runs_and_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHFORMER_CACHE_DIR", str(tmp_path))
     with LLM(device="reference", context=64) as llm:
-        assert llm.is_noise
         assert llm.generate("Hi", GREEDY)[0].outputs[0].text
 
 

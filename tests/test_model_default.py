@@ -1,19 +1,33 @@
-"""The embedded default: built once, the same everywhere, and what transformers can load."""
+"""The embedded default: small, the same everywhere, described, and what transformers can load."""
 
+import hashlib
+import json
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashformer.errors import CheckpointError
 from flashformer.model.checkpoint import Checkpoint
-from flashformer.model.default import BEGIN_ID, END_ID, default_checkpoint
+from flashformer.model.default import COPIED, FOLDER, PACKAGED, PACKED_WEIGHTS, default_checkpoint
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import CheckpointWeights
 
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+ROOT = Path(__file__).parent.parent
+FILES = (*COPIED, "model.safetensors")
+MAX_BYTES = 12_000_000
+BFLOAT16_ROUNDING = 2.0**-8
+# A cache that holds another version's folder would go on using it: a change of the packaged files
+# takes a new number in default.FOLDER, and then its digest here.
+DIGEST_OF_FOLDER = {
+    "default-model-2": "a8e78dc1a264d62d6746beef6e88daa4e4bc4013247a602cd643a7d3556b16a2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +39,32 @@ def test_the_default_is_a_sound_checkpoint(folder):
     opened = Checkpoint.open(folder)
     spec = ModelSpec.from_hf(opened.config, opened.generation_config)
     assert CheckpointWeights(opened, spec).dtype == "bf16"
-    assert spec.eos_token_ids == (END_ID,)
+    assert spec.eos_token_ids == (opened.config["eos_token_id"],)
 
 
-def test_the_default_has_the_same_bytes_wherever_it_is_built(folder, tmp_path):
+def test_the_default_has_the_same_bytes_wherever_it_is_made(folder, tmp_path):
     again = default_checkpoint(tmp_path)
     for name in FILES:
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_second_call_builds_nothing(tmp_path):
+def test_its_weights_are_the_packaged_codes_times_their_scales(folder):
+    packed = load_file(PACKAGED / PACKED_WEIGHTS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    exact = packed[f"{name}.codes"].astype(np.float64) * packed[f"{name}.scales"][:, None]
+    unpacked = load_file(folder / "model.safetensors")[name].astype(np.float64)
+    # the product is rounded to float32, then to bfloat16
+    assert np.all(np.abs(unpacked - exact) <= np.abs(exact) * (BFLOAT16_ROUNDING + 2.0**-23))
+
+
+def test_a_second_call_makes_nothing(tmp_path):
     first = default_checkpoint(tmp_path)
     before = (first / "model.safetensors").stat().st_mtime_ns
     assert default_checkpoint(tmp_path) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_concurrent_builders_agree_and_leave_nothing_behind(tmp_path):
+def test_concurrent_callers_agree_and_leave_nothing_behind(tmp_path):
     cache = tmp_path / "not" / "there"
     with ThreadPoolExecutor(4) as threads:
         folders = set(threads.map(default_checkpoint, [cache] * 8))
@@ -55,7 +78,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
         default_checkpoint(tmp_path / "file")
 
 
-def test_building_it_needs_no_torch(tmp_path):
+def test_making_it_needs_no_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; from flashformer.model.default import *; "
         "default_checkpoint(Path(sys.argv[1])); "
@@ -64,15 +87,56 @@ def test_building_it_needs_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
 
 
-def test_transformers_runs_it_and_prints_what_its_tokenizer_says(folder):
+def test_transformers_runs_it_and_its_tokenizer_loses_nothing(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "Hello wörld, 你好 \n\t"
+    text = "Hello wörld, 你好 \n\t    x  =1"
     ids = tokenizer(text)["input_ids"]
-    assert ids == [BEGIN_ID, *text.encode()]
+    assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == text
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert prompt == "<|begin|><|user|>hi<|end|><|assistant|>"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model(tokenizer(text, return_tensors="pt").input_ids).logits.std() > 0.1
+    code = tokenizer("import os\nimport sys\n\n\ndef main():\n    ", return_tensors="pt").input_ids
+    uniform = np.log(model.config.vocab_size)
+    assert model(code, labels=code).loss.item() < uniform / 2, "it has learnt something"
+
+
+def test_a_changed_model_takes_a_new_folder():
+    digest = hashlib.sha256()
+    for name in (*COPIED, PACKED_WEIGHTS):
+        digest.update((PACKAGED / name).read_bytes())
+    assert {FOLDER: digest.hexdigest()} == DIGEST_OF_FOLDER
+
+
+def test_the_package_is_small_and_keeps_the_licences():
+    assert sum(path.stat().st_size for path in PACKAGED.iterdir()) <= MAX_BYTES
+    licences = (PACKAGED / "LICENSES.txt").read_text()
+    projects = json.loads((PACKAGED / "training.json").read_text())["corpus"]["bytes_by_project"]
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE" in licences
+    for project in projects.keys() - {"python", "python-doc"}:
+        assert f"\n{project} (" in licences
+
+
+def test_the_card_tells_the_loss_of_the_training_and_every_project_it_learnt_from():
+    card = " ".join((PACKAGED / "README.md").read_text().split())
+    training = json.loads((PACKAGED / "training.json").read_text())
+    assert f"{training['held_out_nats_per_token']:.3f}" in card
+    assert f"{training['held_out_bits_per_byte']:.3f}" in card
+    assert all(f"{project} (" in card for project in training["corpus"]["bytes_by_project"])
+
+
+def test_the_wheel_holds_every_file_of_the_model(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for path in PACKAGED.iterdir():
+            name = path.relative_to(ROOT / "src").as_posix()
+            assert archive.read(name) == path.read_bytes()

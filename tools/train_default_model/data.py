@@ -23,6 +23,9 @@ from exercises import exercise_questions, exercises
 from sources import PROJECTS, fetch, licences, project_files, standard_library
 
 VOCAB_SIZE = 6144
+# A part of the held-out text goes with the model: of Python alone, from several short files.
+PYTHON_ONLY = ("python", "python-doc")
+MAX_SAMPLE_FILE, SAMPLE_CHARACTERS = 12_000, 100_000
 # Words with the space before them, single digits, runs of punctuation, line ends with the
 # indentation of the next line: a step to the left or right is one token.
 PIECES = r"\n[ ]*| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|[ ]+(?!\S)|\s+"
@@ -73,12 +76,14 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 def build(work: Path, out: Path) -> None:
     """Everything from the packages in `work` to the files in `out`."""
     fetch(work)
-    train, held_out, sizes = [], [], Counter[str]()
+    train, held_out, sample, sizes = [], [], [], Counter[str]()
     exchanges: dict[str, str] = {}  # question -> conversation
     for project, path, text in files(work):
         sizes[project] += len(text.encode())
         if is_held_out(path):
             held_out.append(text)
+            if project in PYTHON_ONLY and len(text) <= MAX_SAMPLE_FILE:
+                sample.append(text)
             continue
         train.append(text)
         made = from_python(text) if path.endswith(".py") else from_documentation(text)
@@ -92,6 +97,7 @@ def build(work: Path, out: Path) -> None:
     held_out_ids = encode(tokenizer, held_out)
     np.savez_compressed(out / "train.npz", ids=train_ids)
     np.savez_compressed(out / "held_out.npz", ids=held_out_ids)
+    (out / "held_out.txt").write_text("\n\n".join(sample)[:SAMPLE_CHARACTERS])
     (out / "LICENSES.txt").write_text(licences(work))
     corpus = {
         "bytes_by_project": dict(sizes.most_common()),

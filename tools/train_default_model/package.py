@@ -50,7 +50,8 @@ def package(trained: Path, data: Path, out: Path) -> None:
     generation = {**{name: ends[name] for name in ("bos_token_id", "eos_token_id")}, **GENERATION}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     shutil.copyfile(trained / "training.json", out / "training.json")
-    shutil.copyfile(data / "LICENSES.txt", out / "LICENSES.txt")
+    for name in ("LICENSES.txt", "held_out.txt"):
+        shutil.copyfile(data / name, out / name)
 
 
 def main() -> None:

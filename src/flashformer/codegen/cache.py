@@ -120,10 +120,10 @@ def compiled(kind: str, key_parts: Sequence[str | bytes], build: Callable[[Path]
     `kind` (a short word such as the backend and architecture) starts the folder's name. Where the
     cache cannot be used, the folder is a temporary one that lives as long as the process.
     """
-    path = cache_dir() / "kernels" / f"{kind}-{_digest(key_parts)[:24]}"
+    path = _kernel_path(kind, key_parts)
     _sweep("kernels")
-    with contextlib.suppress(OSError):
-        if path.is_dir() and _is_private(path.parent):
+    if is_compiled(kind, key_parts):
+        with contextlib.suppress(OSError):
             _touch(path)
             return path
     with _entry_lock(path) as usable:
@@ -133,6 +133,14 @@ def compiled(kind: str, key_parts: Sequence[str | bytes], build: Callable[[Path]
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     build(folder)
     return folder
+
+
+def is_compiled(kind: str, key_parts: Sequence[str | bytes]) -> bool:
+    """Whether `compiled` would find this kernel in the cache."""
+    path = _kernel_path(kind, key_parts)
+    with contextlib.suppress(OSError):
+        return path.is_dir() and _is_private(path.parent)
+    return False
 
 
 def entries() -> list[CacheEntry]:
@@ -163,6 +171,10 @@ def clear(kind: str | None = None) -> tuple[int, int]:
     for folder in KINDS if kind is None else (kind,):
         _sweep(folder)
     return removed, nbytes
+
+
+def _kernel_path(kind: str, key_parts: Sequence[str | bytes]) -> Path:
+    return cache_dir() / "kernels" / f"{kind}-{_digest(key_parts)[:24]}"
 
 
 def _map(path: Path, nbytes: int, meta: dict[str, str], progress: Progress | None) -> Image | None:

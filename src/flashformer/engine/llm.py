@@ -68,14 +68,13 @@ class LLM:
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Load a checkpoint folder or hub id; None: the embedded default, whose text is noise.
+        """Load a checkpoint folder or hub id; None: the small embedded default.
 
         `context` is in tokens (None: the model's, at most 4096); `quant` stores the weights as
         int8, int4 or int4g128 (None: as the checkpoint has them); `seed` is that of requests
         without one; `progress(what, done, total)` is called while loading.
         """
         _check_options(max_batch, context, quant, seed)
-        self.is_noise = model is None
         self.checkpoint = Checkpoint.open(
             default_checkpoint(cache_dir()) if model is None else model
         )

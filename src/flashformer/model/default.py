@@ -1,58 +1,28 @@
-"""The embedded default model: a small random Llama with a byte-level tokenizer.
+"""The embedded default model: a small Llama that has learnt from Python's sources and manuals.
 
-Cache folder -> checkpoint folder, built once. The text that it generates is noise; whoever offers
-it must say so. It exists so that every command runs with nothing downloaded.
+Cache folder -> checkpoint folder. The package holds int8 weights (default_model/README.md is the
+model card); a folder in HF's layout, in bf16, is made from them once.
 """
 
-import json
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
-import numpy as np
 
 from flashformer.errors import CheckpointError
-from flashformer.model.families import spec_from_hf
-from flashformer.model.roles import layer_roles, locate, model_roles
 
-FOLDER = "default-model-1"  # raise the number whenever what is built here changes
-SEED = 0
-SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-BEGIN_ID, END_ID = 256, 257  # after the 256 bytes
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
-    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "vocab_size": 256 + len(SPECIAL_TOKENS),
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": BEGIN_ID,
-    "eos_token_id": END_ID,
-    "torch_dtype": "bfloat16",
-}
-# Most bytes are no text. Larger head rows make printable ones win, so that noise can be read.
-PRINTABLE = range(32, 127)
-PRINTABLE_STD, OTHER_STD = 0.2, 0.02
+PACKAGED = Path(__file__).parent / "default_model"
+HELD_OUT = PACKAGED / "held_out.txt"  # text of the same kind that the model has not seen
+PACKED_WEIGHTS = "weights.safetensors"
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+FOLDER = "default-model-2"  # raise the number whenever a packaged file changes
 
 
 def default_checkpoint(cache_dir: Path) -> Path:
-    """The folder of the default checkpoint below `cache_dir`, built there if it is missing.
+    """The folder of the default checkpoint below `cache_dir`, made there if it is missing.
 
-    Deterministic, needs no network. Concurrent builders are safe: each builds beside the final
+    Deterministic, needs no network. Concurrent callers are safe: each writes beside the final
     folder and renames; the first wins. Raises `CheckpointError` when the folder cannot be written.
     """
     folder = cache_dir / FOLDER
@@ -61,7 +31,9 @@ def default_checkpoint(cache_dir: Path) -> Path:
     draft = cache_dir / f"{FOLDER}.{uuid.uuid4().hex}"
     try:
         draft.mkdir(parents=True)
-        _write_checkpoint(draft)
+        for name in COPIED:
+            shutil.copyfile(PACKAGED / name, draft / name)
+        _unpack_weights(PACKAGED / PACKED_WEIGHTS, draft / "model.safetensors")
         try:
             draft.rename(folder)
         except OSError:
@@ -70,74 +42,23 @@ def default_checkpoint(cache_dir: Path) -> Path:
     except OSError as error:
         raise CheckpointError(
             f"The default model cannot be written to {cache_dir}: {error.strerror}; set "
-            "FLASHFORMER_CACHE_DIR to a folder with 10 MB of room."
+            "FLASHFORMER_CACHE_DIR to a folder with 25 MB of room."
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-def _write_checkpoint(folder: Path) -> None:
-    generation_config = {"bos_token_id": BEGIN_ID, "eos_token_id": END_ID}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIAL_TOKENS[0],
-        "eos_token": SPECIAL_TOKENS[1],
-        "chat_template": CHAT_TEMPLATE,
-        "model_max_length": CONFIG["max_position_embeddings"],
-    }
-    for name, value in (
-        ("config.json", CONFIG),
-        ("generation_config.json", generation_config),
-        ("tokenizer_config.json", tokenizer_config),
-    ):
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
-    (folder / "tokenizer.json").write_text(_tokenizer_json())
-    _write_weights(folder / "model.safetensors")
+def _unpack_weights(packed: Path, path: Path) -> None:
+    """int8 codes [rows, cols] times float32 scales [rows], rounded to bf16; vectors as they are."""
+    from safetensors.numpy import load_file, save_file
 
-
-def _write_weights(path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    spec = spec_from_hf(CONFIG)
-    random = np.random.default_rng(SEED)
-    places = [locate(spec, role) for role in model_roles(spec)]
-    for i, layer in enumerate(spec.layers):
-        places += [locate(spec, role, i) for role in layer_roles(layer)]
+    stored = load_file(packed)
     tensors = {}
-    for place in places:
-        values = np.ones(place.shape, np.float32)
-        if len(place.shape) == 2:
-            std = place.shape[1] ** -0.5  # keeps the size of what passes through
-            values = random.standard_normal(place.shape, np.float32) * np.float32(std)
-        if place.name == "lm_head.weight":
-            rows = np.full((place.shape[0], 1), OTHER_STD, np.float32)
-            rows[PRINTABLE] = PRINTABLE_STD
-            values = random.standard_normal(place.shape, np.float32) * rows
-        tensors[place.name] = values.astype(ml_dtypes.bfloat16)
-    save_file(tensors, path, {"format": "pt"})
-
-
-def _tokenizer_json() -> str:
-    """A token for each byte, its id the byte's value, and the special tokens."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-    from tokenizers.models import BPE
-
-    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
-    tokenizer = Tokenizer(BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    begin = SPECIAL_TOKENS[0]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, BEGIN_ID)]
-    )
-    text: str = tokenizer.to_str()
-    return text
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(b) if b in shown else chr(256 + hidden.index(b)) for b in range(256)]
+    for name, values in stored.items():
+        matrix = name.removesuffix(".codes")
+        if matrix != name:
+            tensors[matrix] = values * stored[f"{matrix}.scales"][:, None]
+        elif not name.endswith(".scales"):
+            tensors[name] = values
+    save_file({n: w.astype(ml_dtypes.bfloat16) for n, w in tensors.items()}, path, {"format": "pt"})

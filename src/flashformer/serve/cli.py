@@ -17,6 +17,7 @@ from flashformer.serve.cache import cache_app
 from flashformer.serve.chat import chat
 from flashformer.serve.compile import compile_model
 from flashformer.serve.doctor import doctor
+from flashformer.serve.evaluate import evaluate
 from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK, failure_of, report
 from flashformer.serve.inspect import inspect_model
 from flashformer.serve.plan import show_plan
@@ -40,6 +41,7 @@ app.command("plan")(show_plan)
 app.command("compile")(compile_model)
 app.command("bench")(bench)
 app.command("profile")(profile)
+app.command("eval")(evaluate)
 app.command("doctor")(doctor)
 app.add_typer(cache_app, name="cache")
 

@@ -17,7 +17,10 @@ from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.plan.planner import longest_context
 from flashformer.serve.terminal import Terminal
 
-NOISE = "no --model: this is the embedded default, small and random; its text is noise"
+EMBEDDED = (
+    "no --model: this is the embedded default, 11 million parameters that learnt from Python's "
+    "sources and manuals; it writes plausible Python and knows few facts"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +36,9 @@ class LoadOptions:
 
 
 def load_llm(options: LoadOptions, terminal: Terminal) -> LLM:
-    """Load the model with progress bars; says so if its text will be noise."""
+    """Load the model with progress bars; says so if it is the embedded default."""
     if options.model is None:
-        terminal.note(NOISE)
+        terminal.note(EMBEDDED)
     llm = LLM(
         options.model,
         device=options.device,

@@ -10,7 +10,7 @@ Model = Annotated[
         "--model",
         "-m",
         envvar="FLASHFORMER_MODEL",
-        help="Checkpoint folder or hub id. Default: a small random model, whose text is noise.",
+        help="Checkpoint folder or hub id. Default: the small embedded model.",
     ),
 ]
 ModelArgument = Annotated[
@@ -18,7 +18,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         envvar="FLASHFORMER_MODEL",
-        help="Checkpoint folder or hub id. Default: a small random model.",
+        help="Checkpoint folder or hub id. Default: the small embedded model.",
     ),
 ]
 Device = Annotated[

@@ -14,6 +14,7 @@ from flashformer.errors import UsageError
 from flashformer.serve import options
 from flashformer.serve.answer import collect, sampling_params, write_text
 from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK
+from flashformer.serve.first_run import compile_in_background, quick_start
 from flashformer.serve.load import LoadOptions, load_llm
 from flashformer.serve.speed import measure_speed
 from flashformer.serve.terminal import Terminal, write_json
@@ -56,7 +57,9 @@ def run(
     sampling_params(None, given)  # a wrong flag is told before the model is loaded
     started = time.perf_counter()
     with Terminal(quiet=quiet) as terminal:
-        llm = load_llm(LoadOptions(model, device, quant, context, threads), terminal)
+        loaded = LoadOptions(model, device, quant, context, threads)
+        start = quick_start(loaded, terminal)
+        llm = load_llm(start.options, terminal)
         load_s = time.perf_counter() - started
         with closing(llm):
             params = sampling_params(llm.default_sampling_params, given)
@@ -69,6 +72,8 @@ def run(
             if not as_json:
                 write_text("\n")
             speed = measure_speed(answer, llm, load_s) if as_json or not quiet else None
+        if start.kernel_is_missing:
+            compile_in_background(loaded)
         if as_json:
             write_json(answer.to_json(speed.to_json() if speed else None))
         elif speed is not None:

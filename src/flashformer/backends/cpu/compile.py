@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from flashformer.backends.cpu.machine import cpu_flags
-from flashformer.codegen.cache import compiled
+from flashformer.codegen.cache import compiled, is_compiled
 from flashformer.codegen.header import render
 from flashformer.errors import CompileError
 from flashformer.plan.plan import Plan
@@ -49,15 +49,26 @@ class Compiler:
 def compile_kernel(plan: Plan) -> Path:
     """The shared library of `plan`, from the cache or built now. Raises `CompileError`."""
     compiler = find_compiler()
-    header = render(plan)
-    flags = (*FLAGS, *TARGET_FLAGS.get(plan.machine.arch, NATIVE))
-    key = [compiler.version, " ".join(flags), " ".join(sorted(cpu_flags())), header]
-    key += [text for path in sorted(KERNEL.iterdir()) for text in (path.name, path.read_text())]
 
     def build(folder: Path) -> None:
-        build_library(compiler, header, flags, folder)
+        build_library(compiler, render(plan), _flags(plan), folder)
 
-    return compiled(f"cpu-{plan.machine.arch}", key, build) / LIBRARY
+    return compiled(f"cpu-{plan.machine.arch}", _key(plan, compiler), build) / LIBRARY
+
+
+def kernel_is_ready(plan: Plan) -> bool:
+    """Whether `compile_kernel` would find the library built. Raises `CompileError`."""
+    return is_compiled(f"cpu-{plan.machine.arch}", _key(plan, find_compiler()))
+
+
+def _flags(plan: Plan) -> tuple[str, ...]:
+    return (*FLAGS, *TARGET_FLAGS.get(plan.machine.arch, NATIVE))
+
+
+def _key(plan: Plan, compiler: Compiler) -> list[str]:
+    """Everything that the library's bytes depend on."""
+    key = [compiler.version, " ".join(_flags(plan)), " ".join(sorted(cpu_flags())), render(plan)]
+    return key + [t for path in sorted(KERNEL.iterdir()) for t in (path.name, path.read_text())]
 
 
 def build_library(
