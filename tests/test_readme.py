@@ -64,4 +64,4 @@ def test_every_example_of_the_command_line_runs(cli, checkpoint, monkeypatch):
         ended = cli(verb, *argv, stdin="hello\n/exit\n")
         assert ended.code == 0, ended.err
         assert ended.out
-    assert verbs == {"run", "chat", "serve", "inspect", "plan", "bench", "doctor"}
+    assert verbs == {"run", "chat", "serve", "inspect", "plan", "bench", "eval", "doctor"}
