@@ -26,7 +26,7 @@ BFLOAT16_ROUNDING = 2.0**-8
 # A cache that holds another version's folder would go on using it: a change of the packaged files
 # takes a new number in default.FOLDER, and then its digest here.
 DIGEST_OF_FOLDER = {
-    "default-model-2": "a8e78dc1a264d62d6746beef6e88daa4e4bc4013247a602cd643a7d3556b16a2",
+    "default-model-3": "6661503ad082826cc8862f53a539045e7dfe8ad64292f6a500e03c26b07684ce",
 }
 
 

@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 
 PACKAGE = Path(__file__).parents[2] / "src" / "flashformer" / "model" / "default_model"
 AS_THEY_ARE = ("config.json", "tokenizer.json", "tokenizer_config.json")
-# Greedy text of a model this small repeats itself; a little chance keeps it going.
-GENERATION = {"do_sample": True, "temperature": 0.4, "top_p": 0.9}
 INT8_MAX = 127
 
 
@@ -47,7 +45,7 @@ def package(trained: Path, data: Path, out: Path) -> None:
     for name in AS_THEY_ARE:
         shutil.copyfile(trained / name, out / name)
     ends = json.loads((trained / "generation_config.json").read_text())
-    generation = {**{name: ends[name] for name in ("bos_token_id", "eos_token_id")}, **GENERATION}
+    generation = {name: ends[name] for name in ("bos_token_id", "eos_token_id")}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     shutil.copyfile(trained / "training.json", out / "training.json")
     for name in ("LICENSES.txt", "held_out.txt"):
