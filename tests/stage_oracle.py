@@ -96,31 +96,20 @@ class StageOracle:
         return x, self.rstd(rows.astype(np.float64) ** 2)
 
     def add(self, name, layer, x):
-        """o_proj and down: into the residual stream, then times the weights of the next norm."""
+        """o_proj and down: into the residual stream, which travels."""
         total, error = self.product(name, layer, x)
         size = self.spec.hidden_size
         exact = self.hidden.exact + (total + self.bias(name, layer, total.shape[1]))[:, :size]
         bound = self.hidden.bound + error[:, :size] + 3 * FLOAT * np.abs(exact)
         self.hidden = Value(exact, bound)
-        last = layer + 1 == self.spec.num_layers
-        norm = (
-            ("post_attention_layernorm", layer)
-            if name == "o_proj"
-            else ("input_layernorm", layer + 1)
-        )
-        weight = self.vector(*(("norm", -1) if name == "down" and last else norm)) * self.scale
-        sent = self.stored(Value(exact * weight, bound * np.abs(weight)))
-        return sent, self.squares(exact, bound)
+        return self.stored(Value(exact * self.scale, bound * self.scale))
 
-    def squares(self, exact, bound):
-        """Sums of the squares of each tile's rows."""
-        pad = -exact.shape[1] % TILE_ROWS
-        tiles = [
-            np.pad(a, ((0, 0), (0, pad))).reshape(len(a), -1, TILE_ROWS) for a in (exact, bound)
-        ]
-        total = (tiles[0] ** 2).sum(2)
-        error = (2 * np.abs(tiles[0]) * tiles[1] + tiles[1] ** 2).sum(2)
-        return Value(total, error + SCALAR * total)
+    def input(self, norm, layer, hidden):
+        """The input of a matrix behind `norm`, and 1 / rms, from the hidden state as it travels."""
+        weight = read_vector(self.image, self.plan.vector(norm, layer))
+        stored = ml_dtypes.bfloat16 if self.plan.options.format == "bf16" else np.float16
+        x = (hidden.astype(np.float32) * weight).astype(stored).astype(np.float64)
+        return x, self.rstd((hidden / self.scale) ** 2)
 
     def gate_up(self, layer, x, rstd):
         pair = self.normed("gate_up", layer, x, rstd)

@@ -10,9 +10,7 @@ from flashformer.plan.plan import Plan
 from flashformer.quant.formats import TILE_ROWS
 
 SLOT_BYTES = 16384  # one bulk copy; smaller ones cannot keep the memory busy from one thread
-IN_FLIGHT = 3  # copies on their way at once: more only lengthens the queues in the memory system
-PREFETCH_AHEAD = 12  # copies that L2 takes in advance while the ring is full
-PREFETCH_INTERVAL_NS = 450  # one SM's share of the memory's rate: a copy each
+IN_FLIGHT = 4  # copies on their way at once: more only lengthens the queues in the memory system
 WINDOW_BYTES = 32768  # of activations too wide for shared memory: eight packets a thread
 SAMPLE_SCRATCH_BYTES = 7168  # shared memory of the search for the end of top-k and top-p
 MATRICES = ("qkv", "o_proj", "gate_up", "down")
@@ -30,10 +28,14 @@ VECTORS = (
 F16_EXCHANGE_SCALE = 1 / 16
 
 
-def render_cuda(plan: Plan, instruments: Instruments = NONE) -> str:
-    """The text of config.h for `plan`; refuses layers of different shapes."""
+def render_cuda(plan: Plan, instruments: Instruments = NONE, rows: int | None = None) -> str:
+    """The text of config.h for `plan`; refuses layers of different shapes.
+
+    `rows`: the most tokens of a step that the kernel is compiled for (default: the machine's).
+    """
     layer = _uniform_layer(plan)
     constants = _constants(plan, layer)
+    constants["max_rows"] = rows or plan.machine.max_rows
     constants |= {
         "trace": instruments.trace_moments > 0,
         "trace_moments": instruments.trace_moments,
@@ -90,7 +92,7 @@ def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
     return {
         "arch": int("".join(c for c in machine.arch if c.isdigit())),
         "num_ctas": machine.num_ctas,
-        "max_rows": machine.max_rows,
+        "exchange_rows": machine.max_rows,
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
@@ -113,8 +115,7 @@ def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
         "residual_tiles": -(-tiles // machine.num_ctas),
         "slot_bytes": SLOT_BYTES,
         "in_flight": IN_FLIGHT,
-        "prefetch_ahead": PREFETCH_AHEAD,
-        "prefetch_interval_ns": PREFETCH_INTERVAL_NS,
+        "window_bytes": WINDOW_BYTES,
         "page_tokens": machine.page_tokens,
         "sample_scratch_bytes": SAMPLE_SCRATCH_BYTES,
         "max_stop_ids": MAX_STOP_IDS,

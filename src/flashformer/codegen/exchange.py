@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Plan
-from flashformer.quant.formats import TILE_ROWS
 
 ALIGNMENT = 256  # bytes
 
@@ -40,7 +39,6 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
         Buffer("attention", rows, padded(layer.q_rows), 2, 16),
         Buffer("mlp", rows, padded(layer.intermediate_size), 2, 16),
         Buffer("qkv", rows, padded(layer.qkv_rows), 4, 16),
-        Buffer("squares", 2 * rows, hidden // TILE_ROWS, 4, 4),
         Buffer("best_logit", rows, plan.machine.num_ctas, 4, 0),
         Buffer("best_id", rows, plan.machine.num_ctas, 4, 0),
         Buffer("top", rows, plan.machine.num_ctas, 4, 0),

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -13,16 +14,16 @@ from cuda.bindings import driver
 
 from flashformer.backends.base import DecodeRow, Int32, StepBatch, StepResult
 from flashformer.backends.cuda.choices import Choices, row_stride
-from flashformer.backends.cuda.compile import compile_kernel
+from flashformer.backends.cuda.compile import Cubin, compile_kernel
 from flashformer.backends.cuda.flight import Flight
 from flashformer.backends.cuda.launch import Kernel, check
 from flashformer.backends.cuda.memory import (
     past_bytes_per_token,
 )
 from flashformer.backends.cuda.prefill import Prefill
+from flashformer.backends.cuda.watchdog import describe
 from flashformer.codegen.cuda_args import MAX_STOP_IDS, CudaStepArgs
 from flashformer.codegen.cuda_header import (
-    MATRICES,
     SAMPLE_SCRATCH_BYTES,
     SLOT_BYTES,
     WINDOW_BYTES,
@@ -32,19 +33,11 @@ from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
 from flashformer.plan.plan import Plan
 
-NUM_WARPS = {"decode": 10, "stream": 9}  # eight consumers, the producer; decode has a prefetcher
+NUM_WARPS = 10  # eight consumers, the finisher, the producer
+ROW_CLASSES = (1, 2, 4, 8)  # a kernel is compiled for each; a step runs in the smallest that fits
 MAX_SLOTS = 16  # of the ring: kernel/cta.cuh
-MIN_SLOTS = 4
+MIN_SLOTS = 8  # slots_at_once + in_flight: what a warp waits for is never two fills ahead
 PREFILL_PASSES = 3  # over the weights by `Prefill`: it reads the image, writes the slab, reads it
-WAITS = {  # WaitKind of kernel/cta.cuh
-    1: "a slot of the ring to be filled",
-    2: "a slot of the ring to be released",
-    3: "a copy to land",
-    4: "the other CTAs at the end of the token",
-    5: "the keys and values of the token before",
-    6: "the last copies to land",
-    7: "a packet of another CTA",
-}
 
 
 class CudaBackend:
@@ -76,7 +69,7 @@ class CudaBackend:
         self._device = torch.device("cuda", 0)
         self._stream = torch.cuda.current_stream(self._device)  # makes the context current
         self._instruments = instruments
-        self._kernel = self._load("decode", instruments)
+        self._kernels = self._load_decoders()
         rows, machine = plan.machine.max_rows, plan.machine
         self._packet_bytes, all_bytes = exchange_bytes(plan)
         self._image = self._moved(image)
@@ -111,11 +104,6 @@ class CudaBackend:
     def logits(self) -> torch.Tensor:
         """Of the last launch's last step, on the GPU: float32 [max_rows, vocab_size]."""
         return self._logits[:, : self._plan.spec.vocab_size]
-
-    @property
-    def kernel(self) -> Kernel:
-        """The decoder as loaded."""
-        return self._kernel
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run the rows through the model: `max_rows` a launch, prompts through `Prefill`.
@@ -223,7 +211,8 @@ class CudaBackend:
         shared = args.x_bytes + args.num_slots * SLOT_BYTES
         if self._instruments.trace_moments:
             self.trace.zero_()
-        self._kernel.launch(self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args)
+        kernel = self._kernels[row_class(len(rows))]
+        kernel.launch(self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args)
         flight.depart(self._stream, self._check_watchdog)
         self._flight = flight
         return flight
@@ -237,6 +226,7 @@ class CudaBackend:
     def x_bytes(self, rows: int) -> int:
         """Shared memory of the activations of `rows` rows, and what uses their place."""
         spec, layer = self._plan.spec, self._layer
+        rows = row_class(rows)
         need = [_attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)]
         need.append(SAMPLE_SCRATCH_BYTES)
         need.append(rows * (padded(spec.hidden_size) * 2 + 32))
@@ -248,7 +238,7 @@ class CudaBackend:
 
     def num_slots(self, rows: int) -> int:
         """Slots of the ring that fit beside the activations."""
-        free = self._plan.machine.shared_bytes - self._kernel.static_shared - self.x_bytes(rows)
+        free = self._kernels[row_class(rows)].max_dynamic_shared - self.x_bytes(rows)
         slots = min(MAX_SLOTS, free // SLOT_BYTES)
         if slots < MIN_SLOTS:
             raise OutOfMemoryError(
@@ -263,7 +253,7 @@ class CudaBackend:
         Measures for about `seconds` and returns the median. There is nothing but the image to
         read, so `own_image` changes nothing.
         """
-        kernel = self._load("stream")
+        kernel = self._load("stream", compile_kernel(self._plan, "stream", rows=1))
         args = self._step_args(rows=1)
         args.x_bytes = 0
         args.num_slots = min(MAX_SLOTS, kernel.max_dynamic_shared // SLOT_BYTES)
@@ -308,14 +298,27 @@ class CudaBackend:
         """Free everything; a second call does nothing."""
         with contextlib.suppress(FlashFormerError):
             self._land()
-        self._kernel.close()
+        for kernel in self._kernels.values():
+            kernel.close()
         for name in ("_image", "_kv", "_exchange", "_logits", "_prefill"):
             setattr(self, name, torch.zeros(0))
         torch.cuda.empty_cache()
 
-    def _load(self, name: str, instruments: Instruments = NONE) -> Kernel:
-        cubin = compile_kernel(self._plan, name, instruments)
-        kernel = Kernel(cubin, name, 32 * NUM_WARPS[name], self._plan.machine.shared_bytes)
+    def _load_decoders(self) -> dict[int, Kernel]:
+        """One kernel a row class, compiled side by side."""
+
+        def compile_for(rows: int) -> Cubin:
+            return compile_kernel(self._plan, "decode", self._instruments, rows)
+
+        with ThreadPoolExecutor() as pool:
+            cubins = list(pool.map(compile_for, ROW_CLASSES))
+        return {
+            rows: self._load("decode", cubin)
+            for rows, cubin in zip(ROW_CLASSES, cubins, strict=True)
+        }
+
+    def _load(self, name: str, cubin: Cubin) -> Kernel:
+        kernel = Kernel(cubin, name, 32 * NUM_WARPS, self._plan.machine.shared_bytes)
         kernel.require_one_cta_an_sm(self._plan.machine.num_ctas)
         return kernel
 
@@ -353,14 +356,13 @@ class CudaBackend:
         self._watchdog.zero_()
         self._barrier.zero_()
         self._arrivals.zero_()
-        layer, stage = divmod(matrix, len(MATRICES))
-        head = layer == self._plan.spec.num_layers
-        where = "lm_head" if head else f"{MATRICES[stage]} of layer {layer}"
-        raise FlashFormerError(
-            f"the CUDA kernel gave up after {self.wait_limit_ns / 1e9:g} s: warp {warp} of CTA "
-            f"{cta} waited for {WAITS.get(kind, kind)}, at {where}; the step was abandoned, please "
-            "report this"
-        )
+        layers = self._plan.spec.num_layers
+        raise FlashFormerError(describe(kind, cta, warp, matrix, layers, self.wait_limit_ns))
+
+
+def row_class(rows: int) -> int:
+    """The most rows of the kernel that runs a step of `rows`."""
+    return next(most for most in ROW_CLASSES if rows <= most)
 
 
 def _attention_scratch(head_dim: int, group: int) -> int:

@@ -35,7 +35,12 @@ class Cubin:
     resources: Resources
 
 
-def compile_kernel(plan: Plan, name: str = "decode", instruments: Instruments = NONE) -> Cubin:
+def compile_kernel(
+    plan: Plan,
+    name: str = "decode",
+    instruments: Instruments = NONE,
+    rows: int | None = None,
+) -> Cubin:
     """kernel/`name`.cu compiled for `plan.machine.arch`, from the cache or now.
 
     The decoder is compiled only for a plan whose program is proven to end (`validate`); with the
@@ -43,7 +48,7 @@ def compile_kernel(plan: Plan, name: str = "decode", instruments: Instruments = 
     """
     from cuda.bindings import nvrtc
 
-    header = render_cuda(plan, instruments)
+    header = render_cuda(plan, instruments, rows)
     status, *version = nvrtc.nvrtcVersion()
     _check(status)
     key = [f"nvrtc {version}", plan.machine.arch, name, header]

@@ -13,7 +13,7 @@ from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
 
 FRAGMENT_BYTES = 512  # of 16 rows and 16 columns, 16 bits each
-MIN_CHUNK_BYTES = 131072  # of keys and values: smaller chunks cost more to merge than they save
+MIN_CHUNK_TOKENS = 256  # shorter chunks of the past cost more to merge than they save
 
 
 class Rect(NamedTuple):
@@ -85,7 +85,7 @@ def past_of(plan: Plan, layer: LayerSpec, position: int, base: int) -> Past:
     first_page = first // page_tokens
     num_pages = -(-base // page_tokens) - first_page if base > first else 0
     even = -(-num_pages * layer.num_kv_heads // plan.machine.num_ctas)
-    chunk_pages = max(MIN_CHUNK_BYTES // (2 * page_bytes(plan, layer)), even)
+    chunk_pages = max(-(-MIN_CHUNK_TOKENS // page_tokens), even)
     num_chunks = max(1, -(-num_pages // chunk_pages))
     return Past(first, base, first_page, num_pages, chunk_pages, num_chunks)
 

@@ -181,7 +181,7 @@ class _Builder:
         roles: Roles = [([], [], []) for _ in ctas]
         for step in range(self.launch.steps):
             self._step(roles, step)
-        hidden = {n: self.whole[n] for n in ("hidden_attention", "squares_attention")}
+        hidden = {"hidden_attention": self.whole["hidden_attention"]}
         return Program(
             roles=roles,
             mergers=list(self.mergers.values()),
@@ -196,7 +196,7 @@ class _Builder:
             inputs={
                 "qkv": hidden,
                 "o_proj": {"attention": self.whole["attention"]},
-                "gate_up": {n: self.whole[n] for n in ("hidden_mlp", "squares_mlp")},
+                "gate_up": {"hidden_mlp": self.whole["hidden_mlp"]},
                 "down": {"mlp": self.whole["mlp"]},
                 "lm_head": hidden,
                 "sample": {"best": self.whole["best"]},
@@ -218,8 +218,6 @@ class _Builder:
             "attention": Buffer(rows, layer.q_rows // HALVES),
             "mlp": Buffer(rows, tiles["gate_up"]),
             "qkv": Buffer(rows, tiles["qkv"] * (TILE_ROWS // SINGLES)),
-            "squares_attention": Buffer(rows, tiles["down"]),
-            "squares_mlp": Buffer(rows, tiles["o_proj"]),
             "best": Buffer(rows, plan.machine.num_ctas, tagged=False),
             "partial": Buffer(pairs, max_chunks(plan, layer), tagged=False, complete=False),
         }
@@ -270,9 +268,6 @@ class _Builder:
                     producer.append(Put(at, "ring", *items))
                     consumers.append(Get(at, "ring", *items))
             consumers.append(Put(at, "parts", end - first))
-            squares = source.replace("hidden", "squares")
-            if squares != source and input_use is not None:
-                finisher.append(Read(at, squares, input_use, self.whole[squares]))
             finisher.append(Get(at, "parts", end - first))
             finisher += self._results(at, use, cta, first, end)
             if at.stage == "lm_head":
@@ -297,10 +292,7 @@ class _Builder:
         if at.stage == "lm_head":
             return [Write(at, "best", use, Rect(0, self.rows, cta, cta + 1))]
         name = "mlp" if at.stage == "o_proj" else "attention"
-        return [
-            Write(at, f"hidden_{name}", use, tiles(TILE_ROWS // HALVES)),
-            Write(at, f"squares_{name}", use, tiles(1)),
-        ]
+        return [Write(at, f"hidden_{name}", use, tiles(TILE_ROWS // HALVES))]
 
     def _attention(self, roles: Roles, at: Where, use: int) -> None:
         layer = self.plan.spec.layers[at.layer]

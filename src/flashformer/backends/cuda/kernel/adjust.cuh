@@ -13,9 +13,9 @@ struct Slice {
   int step;
 
   __device__ __forceinline__ Slice(const Cta& cta, int step_) : step(step_) {
-    const Shape head(Kind::lm_head, cta.idx);
-    begin = head.begin * tile_rows;
-    end = min(head.end * tile_rows, config::vocab_size);
+    using Head = Stage<Kind::lm_head>;
+    begin = Head::begin(cta.idx) * tile_rows;
+    end = min(Head::end(cta.idx) * tile_rows, config::vocab_size);
   }
   __device__ __forceinline__ bool has(int id) const { return id >= begin && id < end; }
 };

@@ -1,7 +1,7 @@
 // Decode attention over paged keys and values, split over all CTAs.
 //
 // A unit's pages come through the ring before its query exists. All query heads of the kv head are the 16 rows of
-// operand A. Each warp takes 16 positions at a time with its own running maximum (online softmax, Milakov & Gimelshein
+// operand A. Four warps share a page, the other four the next; each takes 16 positions at a time with its own running maximum (online softmax, Milakov & Gimelshein
 // 2018); the warps, then the chunks, are merged in a fixed order, the chunks by the last CTA that finishes one.
 #pragma once
 #include "past.cuh"
@@ -89,7 +89,7 @@ __device__ __forceinline__ void load_head(const Cta& cta, const AttentionScratch
 }
 
 // Query heads of the unit into operand A, and the step's own keys and values into one block of 16 positions.
-__device__ __forceinline__ void prepare_unit(const Cta& cta, const AttentionScratch& scratch, const Exchange& exchange,
+__device__ __noinline__ void prepare_unit(const Cta cta, const AttentionScratch scratch, const Exchange exchange,
                                              int layer, u32 tag, int row, int kv_head, bool with_own) {
   const LayerTable& table = layer_table[layer];
   const int num_own = with_own ? cta.args.positions[row] - cta.args.bases[row] + 1 : 0;
@@ -171,7 +171,7 @@ struct WarpAttention {
   __device__ __forceinline__ void block(const u8* query, const u8* keys, const u8* values, int lane, int first, int lo,
                                         int hi) {
     float score[2][2 * halves] = {};
-#pragma unroll
+#pragma unroll(config::arch >= 90 ? 2 : 1)
     for (int d = 0; d < dim_blocks; ++d) {
       const Vec16 a = *reinterpret_cast<const Vec16*>(query + d * 512 + lane * 16);
       const Vec16 b = *reinterpret_cast<const Vec16*>(keys + d * 512 + lane * 16);
@@ -307,36 +307,37 @@ __device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, cons
                                           int step, u32 tag) {
   const AttentionScratch scratch(cta.x);
   for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
+    cta.consumer_sync();  // every warp has left what the scratch held
     const bool with_own = chunk == past.num_chunks - 1;
     prepare_unit(cta, scratch, exchange, layer, tag, row, kv_head, with_own);
     WarpAttention own;
     const int end = min(past.num_pages, (chunk + 1) * past.chunk_pages);
 #pragma unroll 1
     for (int page = chunk * past.chunk_pages; page < end + with_own; ++page) {
-      // The step's own positions come last, as one block of warp 0.
+      const bool stored = page < end;  // the step's own positions come last, as one block
+      if (page % 2 != cta.warp / warps_a_page) {
+        if (stored) ring.skip(2);
+        continue;
+      }
+      const int block = cta.warp % warps_a_page;
       const u8* keys = scratch.keys;
       const u8* values = scratch.values;
-      int block = cta.warp;
-      int num_blocks = 1;
-      int first = past.base;
-      int visible = cta.args.positions[row] + step + 1;
-      if (page < end) {
+      if (stored) {
         RingReader second = ring;
+        second.skip(1);
         keys = ring.wait();
-        second.next.advance(cta.args.num_slots);
         values = second.wait();
-        block -= page % (num_consumer_warps / page_blocks) * page_blocks;  // pages alternate between groups of warps
-        num_blocks = page_blocks;
-        first = (past.first_page + page) * config::page_tokens;
-        visible = past.base;
       }
-      if (block >= 0 && block < num_blocks) {
+      if (block < (stored ? page_blocks : 1)) {
+        const int first = stored ? (past.first_page + page) * config::page_tokens : past.base;
         own.block(scratch.query, keys + block * dim_blocks * 512, values + block * dim_blocks * 512, cta.lane,
-                  first + block * 16, past.first, visible);
+                  first + block * 16, past.first, stored ? past.base : cta.args.positions[row] + step + 1);
       }
-      if (page < end) {
-        ring.release();
-        ring.release();
+      if (stored) {
+        ring.release<num_consumer_warps / warps_a_page>();
+        ring.skip(1);
+        ring.release<num_consumer_warps / warps_a_page>();
+        ring.skip(1);
       }
     }
     u8* out = exchange.attention + row * x_row_bytes(config::q_rows);
@@ -355,6 +356,5 @@ __device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, cons
     });
     if (past.num_chunks > 1) merge_chunks(cta, exchange, row, kv_head, past.num_chunks, out, tag);
     if (with_own) append_past(cta, scratch, layer, step, row, kv_head);
-    cta.consumer_sync();  // the scratch is free again
   });
 }

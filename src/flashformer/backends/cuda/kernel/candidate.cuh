@@ -29,46 +29,38 @@ __device__ __forceinline__ Candidate warp_best(Candidate best) {
 __device__ __forceinline__ bool has_bit(u32 mask, int row) { return (mask >> row & 1) != 0; }
 
 // Logits lie row by row, padded to whole tiles.
-constexpr int logits_stride = tiles_of(config::vocab_size) * tile_rows;
+constexpr int logits_stride = ceil_div(config::vocab_size, tile_rows) * tile_rows;
 
 __device__ __forceinline__ float* logits_of(const Cta& cta, int row) {
   return cta.args.logits + row * u64(logits_stride);
 }
 
-// A CTA's best candidate of each row so far, by row of the tile and by the warp of the epilogue, which no other warp
-// touches.
-__device__ __forceinline__ void clear_best(const Cta& cta) {
+// The finishing warp's best candidates so far. Lane: row lane % 16 of the tiles, tokens lane / 16 + 2 i.
+struct Best {
+  static constexpr int num = (max_rows + 1) / 2;
+  Candidate candidate[num];
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-  for (int i = 0; i < max_rows / 2; ++i) {
-    cta.shared.best_logit[cta.warp][i][cta.lane] = -infinity;
-    cta.shared.best_id[cta.warp][i][cta.lane] = config::vocab_size;
+    for (int i = 0; i < num; ++i) candidate[i] = {};
   }
-}
-
-__device__ __forceinline__ void head_output(const Cta& cta, int tile, int row, int token, int i, float sum) {
-  const int id = tile * tile_rows + row;
-  if (token >= cta.args.num_rows || id >= config::vocab_size) return;
-  const float logit = sum * cta.shared.rstd[token];
-  if (has_bit(cta.args.kept_rows, token)) logits_of(cta, token)[id] = logit;
-  Candidate best = {cta.shared.best_logit[cta.warp][i][cta.lane], cta.shared.best_id[cta.warp][i][cta.lane]};
-  take_better(best, logit == logit ? Candidate{logit, id} : Candidate{infinity, not_a_number});
-  cta.shared.best_logit[cta.warp][i][cta.lane] = best.value;
-  cta.shared.best_id[cta.warp][i][cta.lane] = best.id;
-}
-
-// The CTA's largest logit of every row into shared.choice; warp w does row w.
-__device__ __forceinline__ void gather_best(const Cta& cta) {
-  const int row = cta.warp;
-  if (row >= cta.args.num_rows) return;
-  Candidate best;
-  for (int i = cta.lane; i < num_consumer_warps * tile_rows; i += 32) {
-    const int lane = row % 2 * tile_rows + i % tile_rows;
-    take_better(best, {cta.shared.best_logit[i / tile_rows][row / 2][lane],
-                       cta.shared.best_id[i / tile_rows][row / 2][lane]});
+  __device__ __forceinline__ void take(int i, float logit, int id) {
+    take_better(candidate[i], logit == logit ? Candidate{logit, id} : Candidate{infinity, not_a_number});
   }
-  best = warp_best(best);
-  if (cta.lane == 0) {
-    cta.shared.choice_value[row] = best.value;
-    cta.shared.choice_id[row] = best.id;
+  // The CTA's largest logit of every row into shared.choice.
+  __device__ __forceinline__ void choose(const Cta& cta) {
+#pragma unroll
+    for (int i = 0; i < num; ++i) {
+#pragma unroll
+      for (int d = tile_rows / 2; d > 0; d /= 2) {
+        const Candidate other = {__shfl_xor_sync(~0u, candidate[i].value, d), __shfl_xor_sync(~0u, candidate[i].id, d)};
+        take_better(candidate[i], other);
+      }
+      const int row = cta.lane / tile_rows + 2 * i;
+      if (cta.lane % tile_rows == 0 && row < cta.args.num_rows) {
+        cta.shared.choice_value[row] = candidate[i].value;
+        cta.shared.choice_id[row] = candidate[i].id;
+      }
+    }
   }
-}
+};

@@ -10,19 +10,31 @@ constexpr int max_slots = 16;
 constexpr int max_rows = config::max_rows;
 constexpr int tile_rows = 16;
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
-constexpr int red_stride = 20;  // floats between tokens of the reduction buffer: conflict-free for the mma layout
+constexpr int num_part_buffers = 2;
+constexpr int part_arrivals = 24;  // that make a tile's parts ready: 2, 4, 6 or 8 warps share them
+constexpr int part_stride = 20;    // floats between tokens of a part: conflict-free for the mma layout
 
-enum class WaitKind : u32 { slot_full = 1, slot_empty = 2, slot_landed = 3, grid_barrier = 4, kv_ready = 5, drain = 6, packet = 7 };
+enum class WaitKind : u32 {
+  slot_full = 1,
+  slot_empty = 2,
+  slot_landed = 3,
+  grid_barrier = 4,
+  kv_ready = 5,
+  drain = 6,
+  packet = 7,
+  part_ready = 8,
+  part_free = 9
+};
+
+enum class NamedBarrier : int { consumers = 1, workers = 2 };  // workers: consumers and the finisher
 
 // Shared memory of fixed size; the activations and the ring follow it in dynamic shared memory.
 struct Shared {
-  float red[2][num_consumer_warps][max_rows * red_stride];
+  float part[num_part_buffers][num_consumer_warps][max_rows * part_stride];  // sums of a tile (finish.cuh)
   float residual[config::residual_tiles][max_rows][tile_rows];  // fp32 rows of the hidden state that this CTA owns
-  float norm[2][config::residual_tiles * tile_rows];  // weights of the norms behind those rows: after o_proj, after down
+  float squares[max_rows][num_consumer_warps];                  // sums of squares of a row's columns
   float2 rotation[config::num_ropes][max_rows][config::rotary_dim / 2 + 1];  // cos, sin of each row's position
-  float rstd[max_rows];                                         // 1 / rms of each token's hidden state
-  float best_logit[num_consumer_warps][max_rows / 2][32];
-  int best_id[num_consumer_warps][max_rows / 2][32];
+  float rstd[max_rows];  // 1 / rms of each token's hidden state, over exchange_scale
   float warp_sum[num_consumer_warps][max_rows];
   int token[max_rows];
   float choice_value[max_rows];  // this CTA's candidates for the next token
@@ -30,8 +42,8 @@ struct Shared {
   u64 full[max_slots];
   u64 empty[max_slots];
   u64 kv_ready;
-  u32 stalled;  // the ring is full
-  u32 filled;   // fills issued so far
+  u64 part_ready[num_part_buffers];
+  u64 part_free[num_part_buffers];
   u32 flag;     // broadcast within the consumers
   u32 stop;     // CTA 0: the host wants the launch to end
   u32 last;     // the launch ends with this token
@@ -97,11 +109,16 @@ struct Cta {
       : args(step_args), shared(fixed), x(dynamic), slots(dynamic + step_args.x_bytes),
         thread(threadIdx.x), warp(threadIdx.x / 32), lane(threadIdx.x % 32), idx(blockIdx.x) {}
 
-  __device__ bool is_producer() const { return warp == num_consumer_warps; }
-  __device__ bool is_prefetcher() const { return warp == num_consumer_warps + 1; }
-  __device__ void consumer_sync() const { bar_sync(1, num_consumers); }
+  __device__ bool is_finisher() const { return warp == num_consumer_warps; }
+  __device__ bool is_producer() const { return warp == num_consumer_warps + 1; }
+  __device__ void consumer_sync() const { bar_sync(static_cast<int>(NamedBarrier::consumers), num_consumers); }
+  __device__ void worker_sync() const { bar_sync(static_cast<int>(NamedBarrier::workers), num_consumers + 32); }
 
   __device__ bool aborted() const { return *static_cast<volatile u32*>(&shared.aborted) != 0; }
+
+  // Hides from the compiler that these never change: what a stage derives from them is computed there instead of being
+  // kept in registers from one layer to the next.
+  __device__ __forceinline__ void begin_stage() { asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(idx)); }
 
   // Wait for a phase of a barrier in shared memory; after args.wait_limit_ns give up and let everybody run on.
   __device__ __forceinline__ void wait(u64* bar, u32 parity, WaitKind kind) const {

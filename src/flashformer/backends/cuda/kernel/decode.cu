@@ -1,150 +1,105 @@
 // The whole decoder as one persistent kernel: one CTA a streaming multiprocessor, one launch for many tokens.
 //
-// A producer warp streams every byte that the steps will need through the ring, far ahead of the eight consumer warps.
-// CTAs hand values to each other in packets; they meet at a barrier once a token. `Consumer::run` is the model. All
-// matrices go through one piece of code: a kernel that fits the instruction cache starts every stage at once.
+// A producer warp streams every byte that the steps will need through the ring, far ahead of the eight consumer warps
+// that multiply; a finishing warp turns their sums into each stage's output. CTAs hand values to each other in packets;
+// they meet at a barrier once a token. `Consumer::run` is the model.
 #include "attention.cuh"
-#include "grid_barrier.cuh"
 #include "sample.cuh"
 
 // Everything that the steps read, in the order in which the consumers use it.
-template <class Sink>
-__device__ __forceinline__ void walk(const Cta& cta, Sink& sink, bool wait_for_past) {
-  sink.trace(Moment::first_fill, 0);
+__device__ __forceinline__ void produce(const Cta& cta) {
+  RingWriter ring(cta);
+  ring.trace(Moment::first_fill, 0);
 #pragma unroll 1
   for (int step = 0; step < cta.args.num_steps; ++step) {
 #pragma unroll 1
-    for (int matrix = 0; matrix < num_matrices; ++matrix) {
-      if (cta.aborted()) return;
-      const Kind kind = kind_of(matrix);
-      const int layer = matrix / kinds_a_layer;
-      if (kind == Kind::o_proj) {
-        if (wait_for_past && layer == 0 && step > 0) {  // all keys and values of the step before are in their pages
-          cta.wait(&cta.shared.kv_ready, (step - 1) & 1, WaitKind::kv_ready);
-          fence_proxy_async();
-        }
-        stream_past(sink, layer, step);
-        sink.trace(Moment::past_fill, layer);
+    for (int layer = 0; layer < config::num_layers; ++layer) {
+      if (cta.aborted()) return ring.drain();
+      stream_tiles<Kind::qkv>(ring, layer);
+      if (layer == 0 && step > 0) {  // all keys and values of the step before are in their pages
+        cta.wait(&cta.shared.kv_ready, (step - 1) & 1, WaitKind::kv_ready);
+        fence_proxy_async();
       }
-      stream_tiles(sink, Shape(kind, cta.idx), cta.args.image + matrix_offset(kind, layer));
-      sink.trace(moment_of(Moment::qkv_fill, kind), layer);
+      stream_past(ring, layer, step);
+      stream_tiles<Kind::o_proj>(ring, layer);
+      stream_tiles<Kind::gate_up>(ring, layer);
+      stream_tiles<Kind::down>(ring, layer);
     }
+    stream_tiles<Kind::lm_head>(ring, config::num_layers);
   }
-}
-
-__device__ __forceinline__ void produce(const Cta& cta) {
-  RingWriter ring(cta);
-  walk(cta, ring, true);
   ring.drain();
 }
 
-__device__ __forceinline__ void prefetch(const Cta& cta) {
-  Prefetcher prefetcher(cta);
-  walk(cta, prefetcher, false);
+// A step's first input comes from the embedding: it is already there.
+template <Kind kind>
+__device__ __forceinline__ bool is_embedded(int layer) {
+  return kind == Kind::qkv && layer == 0;
+}
+
+// The norm in front of a matrix.
+template <Kind kind>
+__device__ __forceinline__ u64 norm_offset(int layer) {
+  if constexpr (kind == Kind::lm_head) return config::norm_offset;
+  return kind == Kind::gate_up ? layer_table[layer].post_attention_layernorm : layer_table[layer].input_layernorm;
 }
 
 struct Consumer {
   Cta& cta;
   RingReader ring;
   Exchange exchange;
-  u32 buffer = 0;  // of the sums of a tile
-  u32 tag = 0;     // of this layer's packets
+  Parts parts;
+  u32 tag = 0;  // of this layer's packets
 
   __device__ explicit Consumer(Cta& c) : cta(c), ring(c), exchange(c.args) {}
 
-  __device__ __forceinline__ const float* bias(bool exists, u64 offset) const {
-    return exists ? vector_at(cta, offset) : nullptr;
+  // The others in the CTA leave off where they are.
+  __device__ __forceinline__ void end_early() const {
+    cta.consumer_sync();
+    if (cta.thread == 0) atomicCAS(&cta.shared.aborted, 0u, 1u);
   }
 
-  __device__ __forceinline__ Input input_of(Kind kind) const {
-    switch (kind) {
-      case Kind::o_proj: return {exchange.attention, config::q_rows, tag};
-      case Kind::gate_up: return {exchange.hidden_mlp, config::hidden_size, tag};
-      case Kind::down: return {exchange.mlp, config::intermediate_size, tag};
-      default: return {exchange.hidden_attention, config::hidden_size, tag ^ 1};  // of the layer before
-    }
+  // The next matrix, and what the host may ask for: to stop early and look at the buffers.
+  __device__ __forceinline__ bool begin_stage(int matrix) const {
+    cta.begin_stage();
+    if (cta.thread == 0) *static_cast<volatile int*>(&cta.shared.matrix) = matrix;
+    cta.delay(matrix);
+    if (matrix != cta.args.stop_after || matrix == 0) return true;
+    cta.worker_sync();
+    end_early();
+    return false;
   }
 
-  // Where o_proj and down send the hidden state: times the weights of the norm in front of its reader.
-  __device__ __forceinline__ HiddenOutput hidden_output(Kind kind, int layer, int first_tile) const {
-    const LayerTable& table = layer_table[layer];
-    if (kind == Kind::o_proj) {
-      return {first_tile, bias(config::o_bias, table.o_bias), cta.shared.norm[1], exchange.hidden_mlp,
-              exchange.squares + max_rows * hidden_tiles};
-    }
-    return {first_tile, bias(config::mlp_bias, table.down_bias), cta.shared.norm[0], exchange.hidden_attention,
-            exchange.squares};
-  }
-
-  __device__ __forceinline__ void load_norm_weights(Kind kind, int layer, const Shape& shape) const {
-    const bool last = layer + 1 == config::num_layers;
-    const u64 offset = kind == Kind::o_proj ? layer_table[layer].post_attention_layernorm
-                       : last               ? config::norm_offset
-                                            : layer_table[layer + 1].input_layernorm;
-    load_norm(cta, shape.begin, shape.end, offset, cta.shared.norm[kind == Kind::down ? 0 : 1]);
-  }
-
-  __device__ __forceinline__ void qkv_output(const float* b, int tile, int row, int token, float sum) const {
-    const int at = tile * tile_rows + row;
-    const bool valid = token < cta.args.num_rows;
-    float value = valid ? sum * cta.shared.rstd[token] : 0.f;
-    if (b) value += b[at];
-    send_singles(cta, exchange.qkv + u64(token) * padded(config::qkv_rows) + at, value, tag, valid);
-  }
-
-  // A tile holds 8 rows of gate, then the 8 rows of up of the same index.
-  __device__ __forceinline__ void gate_up_output(const float* b, int tile, int row, int token, float sum) const {
-    const bool valid = token < cta.args.num_rows;
-    float value = valid ? sum * cta.shared.rstd[token] : 0.f;
-    if (b) value += b[tile * tile_rows + row];
-    const float up = __shfl_down_sync(~0u, value, 8);
-    const int col = tile * 8 + row;
-    const float act = col < config::intermediate_size ? value / (1.f + __expf(-value)) * up : 0.f;
-    send_halves(cta, exchange.mlp + token * x_row_bytes(config::intermediate_size) + col * 2, act, tag,
-                valid && row < 8);
-  }
-
-  __device__ __forceinline__ void multiply(Kind kind, int layer) {
-    const Shape shape(kind, cta.idx);
-    const Windows windows(shape, cta.args);
-    const Input input = input_of(kind);
-    const bool normed = kind == Kind::qkv || kind == Kind::gate_up || kind == Kind::lm_head;
-    if (kind == Kind::lm_head) clear_best(cta);
-    if (!normed) load_norm_weights(kind, layer, shape);
-    const bool embedded = kind == Kind::qkv && layer == 0;  // the first input is already there
-    if (windows.count == 1 && !embedded) {
-      load_x(cta, input, shape.fragments);
-      cta.consumer_sync();
-    }
-    // Not needed before the first tile's sums are: its way from L2 is hidden behind that tile.
-    FetchRstd rstd(cta, exchange.squares + (kind == Kind::gate_up ? max_rows * hidden_tiles : 0), input.tag,
-                   normed && !embedded);
-    cta.trace(moment_of(Moment::qkv_input, kind), layer);
-    const HiddenOutput hidden = hidden_output(kind, layer, shape.begin);
-    const float* b = kind == Kind::qkv ? bias(config::qkv_bias, layer_table[layer].qkv_bias)
-                     : kind == Kind::gate_up ? bias(config::mlp_bias, layer_table[layer].gate_up_bias)
-                                             : nullptr;
-    auto epilogue = [&](int tile, int row, int token, int i, float sum) {
-      if (cta.drops_packets(layer * kinds_a_layer + static_cast<int>(kind))) return;
-      switch (kind) {
-        case Kind::qkv: return qkv_output(b, tile, row, token, sum);
-        case Kind::gate_up: return gate_up_output(b, tile, row, token, sum);
-        case Kind::lm_head: return head_output(cta, tile, row, token, i, sum);
-        default: return hidden(cta, tag, tile, row, token, sum);
-      }
-    };
-    if (windows.count == 1) {
-      matvec(cta, ring, shape, buffer, rstd, epilogue);
+  template <Kind kind>
+  __device__ __forceinline__ void multiply(int layer, const u8* input, u32 input_tag) {
+    using S = Stage<kind>;
+    if constexpr (S::windowed) {
+      matvec_windows<S>(cta, ring, input, input_tag, parts);
     } else {
-      matvec_windows(cta, ring, shape, windows, input, buffer, epilogue);
+      if constexpr (S::normed) {
+        if (!is_embedded<kind>(layer)) load_normed_x(cta, input, input_tag, norm_offset<kind>(layer));
+      } else {
+        load_x<S::cols>(cta, input, input_tag);
+      }
+      cta.trace(moment_of(Moment::qkv_input, kind), layer);
+      matvec<S>(cta, ring, parts);
     }
     cta.trace(moment_of(Moment::qkv, kind), layer);
   }
 
-  // Before the last step that was planned: the other warps leave off where they are.
-  __device__ __forceinline__ void end_early() const {
-    cta.consumer_sync();
-    if (cta.thread == 0) atomicCAS(&cta.shared.aborted, 0u, 1u);
+  __device__ __forceinline__ bool run_layer(int layer, int step) {
+    const int first = kinds_a_layer * layer;
+    if (!begin_stage(first)) return false;
+    multiply<Kind::qkv>(layer, exchange.hidden_attention, tag ^ 1);  // packets of the layer before
+    if (!begin_stage(first + 1)) return false;
+    attention(cta, ring, exchange, layer, step, tag);
+    cta.trace(Moment::attention, layer);
+    multiply<Kind::o_proj>(layer, exchange.attention, tag);
+    if (!begin_stage(first + 2)) return false;
+    multiply<Kind::gate_up>(layer, exchange.hidden_mlp, tag);
+    if (!begin_stage(first + 3)) return false;
+    multiply<Kind::down>(layer, exchange.mlp, tag);
+    tag ^= 1;
+    return true;
   }
 
   __device__ __forceinline__ void run() {
@@ -155,28 +110,151 @@ struct Consumer {
 #pragma unroll 1
     for (int step = 0; step < cta.args.num_steps; ++step) {
       load_rotations(cta, step);
-      const Shape owned(Kind::down, cta.idx);
-      embed(cta, owned.begin, owned.end);
+      embed(cta);
       cta.trace(Moment::embed);
+      cta.worker_sync();  // the finisher may use the residual
 #pragma unroll 1
-      for (int matrix = 0; matrix < num_matrices; ++matrix) {
-        const Kind kind = kind_of(matrix);
-        const int layer = min(matrix / kinds_a_layer, config::num_layers - 1);
-        if (cta.thread == 0) *static_cast<volatile int*>(&cta.shared.matrix) = matrix;
-        cta.delay(matrix);
-        if (kind == Kind::o_proj) {
-          attention(cta, ring, exchange, layer, step, tag);
-          cta.trace(Moment::attention, layer);
-        }
-        // The way from the host's memory is hidden behind the head, whose first slots have landed long ago.
-        if (kind == Kind::lm_head && cta.idx == 0 && cta.thread == 0) cta.shared.stop = ld_relaxed_sys(cta.args.stop);
-        multiply(kind, layer);
-        if (matrix + 1 == cta.args.stop_after) return end_early();
-        if (kind == Kind::down) tag ^= 1;
+      for (int layer = 0; layer < config::num_layers; ++layer) {
+        if (!run_layer(layer, step)) return;
       }
-      if (choose_tokens(cta, exchange, step)) return end_early();
+      if (!begin_stage(kinds_a_layer * config::num_layers)) return;
+      // The way from the host's memory is hidden behind the head, whose first slots have landed long ago.
+      if (cta.idx == 0 && cta.thread == 0) cta.shared.stop = ld_relaxed_sys(cta.args.stop);
+      multiply<Kind::lm_head>(config::num_layers, exchange.hidden_attention, tag ^ 1);
+      cta.worker_sync();  // the finisher has left its candidates
+      if (choose_tokens(cta, exchange, step)) break;
       if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
       cta.trace(Moment::sample);
+    }
+    cta.worker_sync();  // the finisher sees that it was the last
+    end_early();
+  }
+};
+
+// The finishing warp: what each stage does with the sums of its tiles.
+struct Finisher {
+  Cta& cta;
+  Exchange exchange;
+  Best best;
+  Parts parts;
+  u32 tag = 0;
+
+  __device__ explicit Finisher(Cta& c) : cta(c), exchange(c.args) {}
+
+  __device__ __forceinline__ void qkv_output(int layer, int tile, int token, float value) const {
+    const int at = tile * tile_rows + cta.lane % tile_rows;
+    if constexpr (config::qkv_bias) value += vector_at(cta, layer_table[layer].qkv_bias)[at];
+    send_singles(cta, exchange.qkv + u64(token) * padded(config::qkv_rows) + at, value, tag, token < cta.args.num_rows);
+  }
+
+  // A tile holds 8 rows of gate, then the 8 rows of up of the same index.
+  __device__ __forceinline__ void gate_up_output(int layer, int tile, int token, float value) const {
+    const int row = cta.lane % tile_rows;
+    if constexpr (config::mlp_bias) value += vector_at(cta, layer_table[layer].gate_up_bias)[tile * tile_rows + row];
+    const float up = __shfl_down_sync(~0u, value, 8);
+    const int col = tile * 8 + row;
+    const float act = col < config::intermediate_size ? __fdividef(value, 1.f + __expf(-value)) * up : 0.f;
+    send_halves(cta, exchange.mlp + token * x_row_bytes(config::intermediate_size) + col * 2, act, tag,
+                token < cta.args.num_rows && row < 8);
+  }
+
+  __device__ __forceinline__ void head_output(int tile, int token, int i, float logit) {
+    const int id = tile * tile_rows + cta.lane % tile_rows;
+    if (token >= cta.args.num_rows || id >= config::vocab_size) return;
+    if (has_bit(cta.args.kept_rows, token)) logits_of(cta, token)[id] = logit;
+    best.take(i, logit, id);
+  }
+
+  // Where o_proj and down send the hidden state.
+  template <Kind kind>
+  __device__ __forceinline__ HiddenOutput hidden_output(int layer) const {
+    const int first_tile = Stage<kind>::begin(cta.idx);
+    if constexpr (kind == Kind::o_proj) {
+      const float* bias = config::o_bias ? vector_at(cta, layer_table[layer].o_bias) : nullptr;
+      return {first_tile, bias, exchange.hidden_mlp};
+    }
+    const float* bias = config::mlp_bias ? vector_at(cta, layer_table[layer].down_bias) : nullptr;
+    return {first_tile, bias, exchange.hidden_attention};
+  }
+
+  // Of the rows as their squares say, which the consumers have left in shared memory.
+  __device__ __forceinline__ void load_rstd() const {
+    if (cta.lane < cta.args.num_rows) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < num_consumer_warps; ++w) sum += cta.shared.squares[cta.lane][w];
+      constexpr float scale = config::exchange_scale;
+      cta.shared.rstd[cta.lane] = rstd_of(sum / (scale * scale)) / scale;
+    }
+    __syncwarp();
+  }
+
+  template <Kind kind>
+  __device__ __forceinline__ void finish(int layer) {
+    using S = Stage<kind>;
+    const int begin = S::begin(cta.idx);
+    const int end = S::end(cta.idx);
+    const HiddenOutput hidden = hidden_output<kind>(layer);
+#pragma unroll 1
+    for (int tile = begin; tile < end; ++tile) {
+      const TileSums<S> sums(cta, parts);
+      ++parts.tile;
+      if (S::normed && tile == begin && !is_embedded<kind>(layer)) load_rstd();
+      cta.delay(tile);
+      if (cta.drops_packets(matrix_number(kind, layer))) continue;
+#pragma unroll
+      for (int i = 0; i < TileSums<S>::num; ++i) {
+        if (2 * i >= cta.args.num_rows) break;
+        const int token = cta.lane / tile_rows + 2 * i;
+        float value = sums.token[i];
+        if (S::normed && token < cta.args.num_rows) value *= cta.shared.rstd[token];
+        if constexpr (kind == Kind::qkv) {
+          qkv_output(layer, tile, token, value);
+        } else if constexpr (kind == Kind::gate_up) {
+          gate_up_output(layer, tile, token, value);
+        } else if constexpr (kind == Kind::lm_head) {
+          head_output(tile, token, i, value);
+        } else {
+          hidden(cta, tag, tile, token, value);
+        }
+      }
+    }
+  }
+
+  // The consumers are about to stop before this matrix.
+  __device__ __forceinline__ bool stops_before(int matrix) const {
+    if (matrix != cta.args.stop_after || matrix == 0) return false;
+    cta.worker_sync();
+    return true;
+  }
+
+  __device__ __forceinline__ bool run_layer(int layer) {
+    const int first = kinds_a_layer * layer;
+    if (stops_before(first)) return false;
+    finish<Kind::qkv>(layer);
+    if (stops_before(first + 1)) return false;
+    finish<Kind::o_proj>(layer);
+    if (stops_before(first + 2)) return false;
+    finish<Kind::gate_up>(layer);
+    if (stops_before(first + 3)) return false;
+    finish<Kind::down>(layer);
+    tag ^= 1;
+    return true;
+  }
+
+  __device__ __forceinline__ void run() {
+    for (;;) {
+      cta.worker_sync();  // the residual is that of the embedding
+      if (cta.shared.last) return;
+#pragma unroll 1
+      for (int layer = 0; layer < config::num_layers; ++layer) {
+        if (!run_layer(layer)) return;
+      }
+      if (stops_before(kinds_a_layer * config::num_layers)) return;
+      best.clear();
+      finish<Kind::lm_head>(config::num_layers);
+      best.choose(cta);
+      cta.worker_sync();
     }
   }
 };
@@ -188,8 +266,8 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1) decode(const
   ring_init(cta);
   if (cta.is_producer()) {
     produce(cta);
-  } else if (cta.is_prefetcher()) {
-    prefetch(cta);
+  } else if (cta.is_finisher()) {
+    Finisher(cta).run();
   } else {
     Consumer(cta).run();
     cta.consumer_sync();

@@ -9,23 +9,24 @@ __device__ constexpr u32 x_row_stride(int cols) { return padded(cols) * 2 + 32; 
 constexpr int hidden_tiles = padded(config::hidden_size) / tile_rows;
 constexpr int head_dim_padded = padded(config::head_dim);
 
+constexpr int exchange_rows = config::exchange_rows;  // for kernels of any max_rows
+
 // codegen/exchange.py computes the same places.
 struct Exchange {
   // In packets; filled with ones before the launch.
-  u8* hidden_attention;  // [max_rows][hidden_size] 16 bit: input of qkv and lm_head
-  u8* hidden_mlp;        // [max_rows][hidden_size] 16 bit: input of gate_up
-  u8* attention;         // [max_rows][q_rows] 16 bit: input of o_proj
-  u8* mlp;               // [max_rows][intermediate_size] 16 bit: input of down
-  float* qkv;            // [max_rows][qkv_rows padded]: input of attention
-  float* squares;        // [2][max_rows][hidden_tiles]: sums of squares of the hidden state behind the first two
+  u8* hidden_attention;  // [exchange_rows][hidden_size] 16 bit: hidden state: input of qkv and lm_head
+  u8* hidden_mlp;        // [exchange_rows][hidden_size] 16 bit, hidden state: input of gate_up
+  u8* attention;         // [exchange_rows][q_rows] 16 bit: input of o_proj
+  u8* mlp;               // [exchange_rows][intermediate_size] 16 bit: input of down
+  float* qkv;            // [exchange_rows][qkv_rows padded]: input of attention
   // Ordered by the barrier at a step's end, or by `arrivals`.
-  float* best_logit;     // [max_rows][num_ctas]
-  int* best_id;          // [max_rows][num_ctas]
-  float* top;            // [max_rows][num_ctas]: largest adjusted logits
+  float* best_logit;     // [exchange_rows][num_ctas]
+  int* best_id;          // [exchange_rows][num_ctas]
+  float* top;            // [exchange_rows][num_ctas]: largest adjusted logits
   u32* stop;             // the host wants the launch to end with this token
-  float* partial_stats;  // attention: [max_rows][num_kv_heads][max_chunks][group][2], maximum and sum
-  float* partial;        // [max_rows][num_kv_heads][max_chunks][group][head_dim padded]
-  u32* arrivals;         // [max_rows][num_kv_heads], zero between uses
+  float* partial_stats;  // attention: [exchange_rows][num_kv_heads][max_chunks][group][2], maximum and sum
+  float* partial;        // [exchange_rows][num_kv_heads][max_chunks][group][head_dim padded]
+  u32* arrivals;         // [exchange_rows][num_kv_heads], zero between uses
 
   __device__ explicit Exchange(const StepArgs& args) : arrivals(args.arrivals) {
     u8* p = args.exchange;
@@ -34,17 +35,16 @@ struct Exchange {
       p += (bytes + 255) / 256 * 256;
       return at;
     };
-    hidden_attention = take(u64(max_rows) * x_row_bytes(config::hidden_size));
-    hidden_mlp = take(u64(max_rows) * x_row_bytes(config::hidden_size));
-    attention = take(u64(max_rows) * x_row_bytes(config::q_rows));
-    mlp = take(u64(max_rows) * x_row_bytes(config::intermediate_size));
-    qkv = reinterpret_cast<float*>(take(u64(max_rows) * padded(config::qkv_rows) * 4));
-    squares = reinterpret_cast<float*>(take(2ull * max_rows * hidden_tiles * 4));
-    best_logit = reinterpret_cast<float*>(take(u64(max_rows) * config::num_ctas * 4));
-    best_id = reinterpret_cast<int*>(take(u64(max_rows) * config::num_ctas * 4));
-    top = reinterpret_cast<float*>(take(u64(max_rows) * config::num_ctas * 4));
+    hidden_attention = take(u64(exchange_rows) * x_row_bytes(config::hidden_size));
+    hidden_mlp = take(u64(exchange_rows) * x_row_bytes(config::hidden_size));
+    attention = take(u64(exchange_rows) * x_row_bytes(config::q_rows));
+    mlp = take(u64(exchange_rows) * x_row_bytes(config::intermediate_size));
+    qkv = reinterpret_cast<float*>(take(u64(exchange_rows) * padded(config::qkv_rows) * 4));
+    best_logit = reinterpret_cast<float*>(take(u64(exchange_rows) * config::num_ctas * 4));
+    best_id = reinterpret_cast<int*>(take(u64(exchange_rows) * config::num_ctas * 4));
+    top = reinterpret_cast<float*>(take(u64(exchange_rows) * config::num_ctas * 4));
     stop = reinterpret_cast<u32*>(take(4));
-    const u64 partials = u64(max_rows) * config::num_kv_heads * config::max_chunks * config::group;
+    const u64 partials = u64(exchange_rows) * config::num_kv_heads * config::max_chunks * config::group;
     partial_stats = reinterpret_cast<float*>(take(partials * 2 * 4));
     partial = reinterpret_cast<float*>(take(partials * head_dim_padded * 4));
   }

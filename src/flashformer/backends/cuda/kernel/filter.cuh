@@ -35,7 +35,7 @@ struct alignas(16) Bucket {
 // A round adds to one set of buckets, reads it behind the barrier, and clears the set of the next round, which
 // everybody has read before the last barrier.
 __device__ __forceinline__ Bucket* buckets_of(const Cta& cta, u32 round, int row) {
-  return static_cast<Bucket*>(cta.args.buckets) + (round % 3 * max_rows + row) * num_buckets;
+  return static_cast<Bucket*>(cta.args.buckets) + (round % 3 * exchange_rows + row) * num_buckets;
 }
 
 // The largest adjusted logit of every filtered row, over all CTAs; and what to search for first.
@@ -183,7 +183,7 @@ __device__ __noinline__ void find_filters(const Cta cta, int step) {
   while (const u32 rows = searching_rows(cta, scratch)) {
     const u32 round = cta.shared.search_rounds;
     auto* next = reinterpret_cast<Vec16*>(buckets_of(cta, round + 1, 0));
-    for (int i = cta.idx * num_consumers + cta.thread; i < max_rows * num_buckets;
+    for (int i = cta.idx * num_consumers + cta.thread; i < exchange_rows * num_buckets;
          i += config::num_ctas * num_consumers) {
       next[i] = Vec16{};
     }

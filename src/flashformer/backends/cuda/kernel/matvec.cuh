@@ -1,11 +1,11 @@
 // Tiles of 16 rows times the activations of 1 to 8 tokens, on the tensor cores.
 //
-// Weights are operand A in fragment order (quant/layout.py), tokens the 8 columns of operand B. The eight warps share
-// a slot's columns; their sums are added in a fixed order, so a token's result depends neither on the other tokens
-// nor on the time of day. An epilogue (one warp a tile, in turn) does with the 16 sums what the stage is for.
+// Weights are operand A in fragment order (quant/layout.py), tokens the 8 columns of operand B. Two warps share a slot
+// of the ring, and four slots are multiplied at once; finish.cuh adds the warps' sums in a fixed order: a token's result
+// depends neither on the other tokens nor on the time of day.
 #pragma once
-#include "packet.cuh"
-#include "stages.cuh"
+#include "fetch.cuh"
+#include "finish.cuh"
 
 __device__ __forceinline__ void mma(float (&acc)[4], const Vec16& a, uint2 b) {
   if constexpr (config::weights_f16) {
@@ -15,212 +15,172 @@ __device__ __forceinline__ void mma(float (&acc)[4], const Vec16& a, uint2 b) {
   }
 }
 
-template <class Sink>
-__device__ __forceinline__ void stream_tiles(Sink& sink, const Shape& shape, const u8* matrix) {
-  const Windows windows(shape, sink.cta.args);
-  for (int group = shape.begin; group < shape.end; group += windows.group) {
-    for (int window = 0; window < windows.count; ++window) {
-      for (int tile = group; tile < min(group + windows.group, shape.end); ++tile) {
-        const u8* source = matrix + static_cast<u64>(tile) * shape.tile_bytes();
-        const int end = min((window + 1) * windows.chunks, shape.num_chunks);
+template <Kind kind, class Sink>
+__device__ __forceinline__ void stream_tiles(Sink& sink, int layer) {
+  using S = Stage<kind>;
+  const u8* matrix = sink.cta.args.image + S::offset(layer);
+  const int cta_idx = sink.cta.idx;
+  for_each_pass<S>(S::begin(cta_idx), S::end(cta_idx), [&](int tile, int first, int end) {
+    const u8* source = matrix + static_cast<u64>(tile) * S::tile_bytes;
 #pragma unroll 1
-        for (int chunk = window * windows.chunks; chunk < end; ++chunk) {
-          sink.fill(source + chunk * shape.chunk_fragments * 512, shape.chunk_size(chunk) * 512);
-        }
-      }
-    }
-  }
+    for (int chunk = first; chunk < end; ++chunk) sink.fill(source + chunk * S::chunk_bytes, S::bytes_of(chunk));
+  });
+  sink.trace(moment_of(Moment::qkv_fill, kind), layer);
 }
 
-// Activations of the stage before, [rows][cols] in packets.
-struct Input {
-  const u8* source;
-  int cols;
-  u32 tag;
-};
+// The lane's parts of operands A and B of some neighbouring fragments.
+struct Fragments {
+  static constexpr int num = config::arch >= 90 ? 4 : 2;  // without bulk copies the producer needs more registers
+  Vec16 a[num];
+  uint2 b[num];
 
-// Hides from the compiler that a value never changes: what is derived from it is computed where it is used instead
-// of being kept in registers from one layer to the next.
-__device__ __forceinline__ int recomputed(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
-
-// This thread's packets of some columns of its row, on their way from L2.
-struct Fetch {
-  static constexpr int batch = 8;
-  Vec16 packet[batch];
-  const u8* source;  // of the row's first column
-  u8* target;
-  int at;     // this thread's first packet
-  int end;    // past the last one of the columns
-  int valid;  // packets of a row; the padding beyond is never sent
-  int step;   // from one of a thread's packets to its next
-  u32 tag;
-
-  __device__ __forceinline__ Fetch(const Cta& cta, const Input& input, int first_fragment, int num_fragments, u8* x,
-                                   int row_stride)
-      : tag(input.tag) {
-    const int log2 = row_threads_log2(cta.args.num_rows);
-    const int thread = recomputed(cta.thread);
-    const int row = thread >> log2;
-    step = 1 << log2;
-    at = first_fragment * 2 + (thread & (step - 1));
-    end = row < cta.args.num_rows ? (first_fragment + num_fragments) * 2 : 0;
-    valid = min(end, (input.cols + 7) / 8);
-    source = input.source + row * x_row_bytes(input.cols);
-    target = x + row * row_stride - first_fragment * 32;
-  }
-  __device__ __forceinline__ void issue() {
+  __device__ __forceinline__ void load(const u8* slot, const u8* x, int first, int end, bool active) {
 #pragma unroll
-    for (int j = 0; j < batch; ++j) {
-      packet[j] = Vec16{};
-      if (at + j * step < valid) packet[j] = ld_relaxed_gpu_b128(source + (at + j * step) * 16);
+    for (int i = 0; i < num; ++i) {
+      if (first + i >= end) continue;
+      a[i] = *reinterpret_cast<const Vec16*>(slot + (first + i) * 512);
+      if (active) b[i] = *reinterpret_cast<const uint2*>(x + (first + i) * 32);
     }
   }
-  __device__ __forceinline__ void store(const Cta& cta) {
-    const Stopwatch stopwatch(cta, WaitKind::packet);
-    Patience patience;
-    bool complete;
-    do {
-      complete = true;
+  __device__ __forceinline__ void multiply(Sums& sums, int first, int end) const {
 #pragma unroll
-      for (int j = 0; j < batch; ++j) {
-        if (at + j * step < valid && !arrived<Payload::half>(packet[j], tag)) {
-          packet[j] = ld_relaxed_gpu_b128(source + (at + j * step) * 16);
-          complete = false;
-        }
-      }
-    } while (!complete && !patience.ends(cta.args, cta.shared, WaitKind::packet));
-#pragma unroll
-    for (int j = 0; j < batch; ++j) {
-      if (at + j * step < end) *reinterpret_cast<Vec16*>(target + (at + j * step) * 16) = packet[j];
+    for (int i = 0; i < num; ++i) {
+      if (first + i < end) mma(sums.chain[i], a[i], b[i]);
     }
   }
 };
 
-__device__ __forceinline__ void load_x(const Cta& cta, const Input& input, int fragments) {
-  Fetch fetch(cta, input, 0, fragments, cta.x, x_row_stride(input.cols));
-#pragma unroll 1
-  while (fetch.at < fetch.end) {
-    fetch.issue();
-    fetch.store(cta);
-    fetch.at += fetch.step * Fetch::batch;
+// `count` fragments of weights times their columns. slot, x: the lane's part of operand A / B at the first of them. The
+// next fragments are on their way from shared memory while some are multiplied. What operand B holds in the columns of
+// tokens that do not exist reaches nobody, so their lanes load nothing.
+template <int count>
+__device__ __forceinline__ void multiply_fragments(Sums& sums, const u8* slot, const u8* x, bool active) {
+  constexpr int n = Fragments::num;
+  Fragments even{}, odd{};
+  even.load(slot, x, 0, count, active);
+#pragma unroll
+  for (int first = 0; first < count; first += 2 * n) {
+    odd.load(slot, x, first + n, count, active);
+    even.multiply(sums, first, count);
+    even.load(slot, x, first + 2 * n, count, active);
+    odd.multiply(sums, first + n, count);
   }
 }
 
-constexpr int warp_fragments = config::slot_bytes / 512 / num_consumer_warps;
+// This warp's part of the work on a stage's tiles: of every slots_at_once-th chunk its share of the fragments.
+template <class S>
+struct Share {
+  static constexpr int most = ceil_div(S::chunk_fragments, warps_a_slot);  // fragments of a whole chunk
+  int chunk;    // the first of a tile, for the first tile
+  int lead;     // 0: takes the first fragments of a chunk, 1: the rest
+  bool active;  // whether the lane has a token
 
-// One slot of weights times this warp's columns. x: the lane's part of operand B at the chunk's first column.
-__device__ __forceinline__ void multiply_chunk(const Cta& cta, RingReader& ring, float (&acc)[2][4], const u8* x,
-                                               int count) {
-  const int first = cta.warp * warp_fragments;
-  const bool active = cta.lane / 4 < cta.args.num_rows;
-  uint2 b[warp_fragments];
-#pragma unroll
-  for (int j = 0; j < warp_fragments; ++j) {
-    b[j] = make_uint2(0, 0);
-    if (active && first + j < count) b[j] = *reinterpret_cast<const uint2*>(x + (first + j) * 32);
-  }
-  const u8* slot = ring.wait() + cta.lane * 16;
-#pragma unroll
-  for (int j = 0; j < warp_fragments; ++j) {
-    if (first + j < count) mma(acc[j % 2], *reinterpret_cast<const Vec16*>(slot + (first + j) * 512), b[j]);
-  }
-  ring.release();
-}
+  __device__ __forceinline__ explicit Share(const Cta& cta)
+      : chunk(cta.warp / warps_a_slot), lead(cta.warp % warps_a_slot), active(cta.lane / 4 < cta.args.num_rows) {}
 
-// Sums of the warps for one tile, in order, then the epilogue by one warp; two buffers, so one sync a tile.
-// epilogue(tile, row, token, i, sum): lane % 16 = row, token = lane / 16 + 2 i; all lanes call it, also for
-// a token equal to num_rows.
-template <class Epilogue>
-__device__ __forceinline__ void finish_tile(const Cta& cta, const float (&acc)[2][4], int tile, u32& buffer,
-                                            Epilogue& epilogue) {
-  const int num_rows = cta.args.num_rows;
-  buffer ^= 1;
-  float* red = cta.shared.red[buffer][cta.warp];
-  const int lane = recomputed(cta.lane);
-  const int row = lane / 4;
-  const int token = lane % 4 * 2;
-  if (token < num_rows) {
-    red[token * red_stride + row] = acc[0][0] + acc[1][0];
-    red[token * red_stride + row + 8] = acc[0][2] + acc[1][2];
+  // This warp's first chunk of the CTA's `tile`-th tile; S::num_chunks: none.
+  __device__ __forceinline__ int first_chunk(int tile) const {
+    if constexpr (S::num_chunks >= slots_at_once) return (chunk - tile * S::num_chunks) & (slots_at_once - 1);
+    return chunk / S::num_chunks == tile % S::tiles_at_once ? chunk % S::num_chunks : S::num_chunks;
   }
-  if (token + 1 < num_rows) {
-    red[(token + 1) * red_stride + row] = acc[0][1] + acc[1][1];
-    red[(token + 1) * red_stride + row + 8] = acc[0][3] + acc[1][3];
+  __device__ __forceinline__ int part(int tile) const {
+    return first_chunk(tile) % S::chunks_at_once * warps_a_slot + lead;
   }
-  cta.consumer_sync();
-  if (cta.warp != tile % num_consumer_warps) return;
-  cta.delay(tile);
-#pragma unroll 1
-  for (int i = 0; 2 * i < num_rows; ++i) {
-    const int t = lane / 16 + 2 * i;
-    float sum = 0;
-    if (t < num_rows) {
-#pragma unroll
-      for (int w = 0; w < num_consumer_warps; ++w) {
-        sum += cta.shared.red[buffer][w][t * red_stride + lane % 16];
-      }
+  __device__ __forceinline__ void multiply(Sums& sums, const u8* slot, const u8* x, int c) const {
+    constexpr int last = S::last_fragments;
+    constexpr int last_most = ceil_div(last, warps_a_slot);
+    if (last == S::chunk_fragments || c < S::num_chunks - 1) {
+      multiply_half<S::chunk_fragments, most>(sums, slot, x);
+    } else {
+      multiply_half<last, last_most>(sums, slot, x);
     }
-    epilogue(tile, lane % 16, t, i, sum);
+  }
+
+ private:
+  template <int count, int first>
+  __device__ __forceinline__ void multiply_half(Sums& sums, const u8* slot, const u8* x) const {
+    if constexpr (count == 2 * first) {
+      multiply_fragments<first>(sums, slot + lead * first * 512, x + lead * first * 32, active);
+    } else if (lead == 0) {
+      multiply_fragments<first>(sums, slot, x, active);
+    } else {
+      multiply_fragments<count - first>(sums, slot + first * 512, x + first * 32, active);
+    }
+  }
+};
+
+// This warp's chunks of one tile from `first` on, before `end`. The ring is at chunk `at` and ends up at `end`; x is the
+// lane's part of operand B at chunk 0.
+template <class S>
+__device__ __forceinline__ void multiply_tile(const Cta& cta, RingReader& ring, const Share<S>& share, Sums& sums,
+                                              const u8* x, int first, int at, int end) {
+  if (first >= end) return ring.skip(end - at);
+  ring.skip(first - at);
+#pragma unroll 1
+  for (int chunk = first; chunk < end; chunk += slots_at_once) {
+    const u8* slot = ring.wait() + cta.lane * 16;
+    share.multiply(sums, slot, x + chunk * S::chunk_fragments * 32, chunk);
+    ring.release<num_consumer_warps / warps_a_slot>();
+    ring.skip(min(slots_at_once, end - chunk));
   }
 }
 
-// All of a CTA's tiles; the activations lie complete in shared memory. `late` is stored before the first epilogue.
-template <class Late, class Epilogue>
-__device__ __forceinline__ void matvec(const Cta& cta, RingReader& ring, const Shape& shape, u32& buffer, Late& late,
-                                       Epilogue& epilogue) {
-  const int lane = recomputed(cta.lane);
-  const u8* x = cta.x + lane / 4 * x_row_stride(shape.cols) + lane % 4 * 8;
+// The lane's part of operand B in rows of activations.
+__device__ __forceinline__ u32 lane_offset(const Cta& cta, int row_stride) {
+  return cta.lane / 4 * row_stride + cta.lane % 4 * 8;
+}
+
+// All of a CTA's tiles; the activations lie complete in shared memory.
+template <class S>
+__device__ __forceinline__ void matvec(const Cta& cta, RingReader& ring, Parts& parts) {
+  const u8* x = cta.x + lane_offset(cta, x_row_stride(S::cols));
+  const Share<S> share(cta);
+  const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
 #pragma unroll 1
-  for (int tile = shape.begin; tile < shape.end; ++tile) {
-    float acc[2][4] = {};
-#pragma unroll 1
-    for (int chunk = 0; chunk < shape.num_chunks; ++chunk) {
-      multiply_chunk(cta, ring, acc, x + chunk * shape.chunk_fragments * 32, shape.chunk_size(chunk));
-    }
-    if (tile == shape.begin) late.store(cta);
-    finish_tile(cta, acc, tile, buffer, epilogue);
+  for (int tile = 0; tile < num_tiles; ++tile, ++parts.tile) {
+    Sums sums;
+    const int first = share.first_chunk(tile);
+    multiply_tile(cta, ring, share, sums, x, first, 0, S::num_chunks);
+    if (first < S::num_chunks) send_part<S>(cta, parts, sums, share.part(tile));
   }
 }
 
 // The same with activations that come window by window; the next window is fetched while one is used.
-template <class Epilogue>
-__device__ __forceinline__ void matvec_windows(const Cta& cta, RingReader& ring, const Shape& shape,
-                                               const Windows& windows, const Input& input, u32& buffer,
-                                               Epilogue& epilogue) {
-  const int window_fragments = windows.chunks * shape.chunk_fragments;
-  const int stride = window_fragments * 32 + 32;
-  const u32 window_bytes = stride * cta.args.num_rows;
-  const u32 lane_offset = cta.lane / 4 * stride + cta.lane % 4 * 8;
+template <class S>
+__device__ __forceinline__ void matvec_windows(const Cta& cta, RingReader& ring, const u8* buffer, u32 tag,
+                                               Parts& parts) {
+  constexpr int window_fragments = S::window_chunks * S::chunk_fragments;
+  constexpr u32 stride = window_fragments * 32 + 32;
+  const u8* lane_x = cta.x + lane_offset(cta, stride);
+  const Share<S> share(cta);
+  const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
 #pragma unroll 1
-  for (int group = shape.begin; group < shape.end; group += max_group) {
-    float acc[max_group][2][4] = {};
+  for (int group = 0; group < num_tiles; group += S::group) {
+    Sums sums[S::group];
 #pragma unroll 1
-    for (int window = -1; window < windows.count; ++window) {
-      const int next = (window + 1) * window_fragments;
-      Fetch fetch(cta, input, next, max(0, min(window_fragments, shape.fragments - next)),
-                  cta.x + (window + 1) % 2 * window_bytes, stride);
+    for (int window = -1; window < S::num_windows; ++window) {
+      Fetch<S::cols, window_fragments> fetch(cta, buffer, tag, (window + 1) * window_fragments);
       fetch.issue();
-      const u8* x = cta.x + (window & 1) * window_bytes + lane_offset;
-      const int first = window * windows.chunks;
-      const int end = window < 0 ? first : min(first + windows.chunks, shape.num_chunks);
+      const int at = window * S::window_chunks;
+      const int end = window < 0 ? at : min(at + S::window_chunks, S::num_chunks);
+      const u8* x = lane_x + (window & 1) * (max_rows * stride) - at * S::chunk_fragments * 32;
 #pragma unroll
-      for (int i = 0; i < max_group; ++i) {
-        if (group + i >= shape.end) break;
-#pragma unroll 1
-        for (int chunk = first; chunk < end; ++chunk) {
-          multiply_chunk(cta, ring, acc[i], x + (chunk - first) * shape.chunk_fragments * 32, shape.chunk_size(chunk));
-        }
+      for (int i = 0; i < S::group; ++i) {
+        if (group + i >= num_tiles) break;
+        const int first = share.first_chunk(group + i);
+        const int rounds = ceil_div(max(at - first, 0), slots_at_once);
+        multiply_tile(cta, ring, share, sums[i], x, first + rounds * slots_at_once, at, end);
       }
-      fetch.store(cta);
+      fetch.await(cta);
+      if (group == 0 && window < 0) cta.consumer_sync();  // every warp has left the activations of the stage before
+      fetch.store(cta, cta.x + (window + 1) % 2 * (max_rows * stride), stride);
       cta.consumer_sync();
     }
 #pragma unroll
-    for (int i = 0; i < max_group; ++i) {
-      if (group + i >= shape.end) break;
-      finish_tile(cta, acc[i], group + i, buffer, epilogue);
+    for (int i = 0; i < S::group; ++i) {
+      if (group + i >= num_tiles) break;
+      send_part<S>(cta, parts, sums[i], share.part(group + i));
+      ++parts.tile;
     }
   }
 }

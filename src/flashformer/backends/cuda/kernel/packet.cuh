@@ -34,14 +34,19 @@ __device__ __forceinline__ void await_packet(const Cta& cta, Vec16& packet, cons
   }
 }
 
-// A lone float; FetchRstd waits for it.
-__device__ __forceinline__ void send_float(float* at, float value, u32 tag) {
-  st_relaxed_gpu(reinterpret_cast<u32*>(at), (__float_as_uint(value) & ~1u) | tag);
-}
-
 __device__ __forceinline__ u32 pack_x(float lo, float hi) {
   if constexpr (config::weights_f16) return cvt_f16x2(lo, hi);
   return cvt_bf16x2(lo, hi);
+}
+
+__device__ __forceinline__ void unpack_x(u32 pair, float& lo, float& hi) {
+  if constexpr (config::weights_f16) {
+    lo = cvt_f32_f16(static_cast<u16>(pair));
+    hi = cvt_f32_f16(static_cast<u16>(pair >> 16));
+  } else {
+    lo = __uint_as_float(pair << 16);
+    hi = __uint_as_float(pair & 0xffff0000u);
+  }
 }
 
 // Eight neighbouring lanes hold eight neighbouring elements; the first of them sends the packet. All lanes call.

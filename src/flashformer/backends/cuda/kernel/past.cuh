@@ -8,7 +8,9 @@
 constexpr int dim_blocks = head_dim_padded / 16;
 constexpr u32 page_bytes = config::page_tokens * head_dim_padded * 2;  // keys, or values, of one kv head
 constexpr int page_blocks = config::page_tokens / 16;
-constexpr int min_chunk_pages = 131072 / static_cast<int>(2 * page_bytes);  // smaller ones cost more to merge
+constexpr int min_chunk_pages = ceil_div(256, config::page_tokens);  // shorter ones cost more to merge than they save
+constexpr int warps_a_page = 4;
+static_assert(page_blocks <= warps_a_page, "a warp takes one block of a page");
 static_assert(config::group <= 16, "the query heads of a kv head are the 16 rows of one mma");
 static_assert(config::head_dim % 8 == 0, "a head is a whole number of packets");
 static_assert(page_bytes <= config::slot_bytes, "a page of keys of one head must fit a slot");

@@ -24,6 +24,19 @@ __device__ __forceinline__ void mbarrier_arrive(u64* bar) {
   asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}" ::"r"(shared_address(bar)) : "memory");
 }
 
+// `count` arrivals by a whole warp, one of them or several lanes.
+template <int count>
+__device__ __forceinline__ void mbarrier_arrive_warp(u64* bar, int lane) {
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) {
+    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0], %1;\n}" ::"r"(shared_address(bar)),
+                 "n"(count) : "memory");
+  }
+#else
+  if (lane < count) mbarrier_arrive(bar);
+#endif
+}
+
 __device__ __forceinline__ bool mbarrier_test_wait(u64* bar, u32 parity) {
   u32 done;
 #if __CUDA_ARCH__ >= 900
@@ -71,9 +84,6 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(u64* bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 #endif
-
-// One line into L2.
-__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // --- memory shared between CTAs ---
 

@@ -11,9 +11,10 @@ struct RingPosition {
   int slot = 0;
   u32 parity = 0;
 
-  __device__ __forceinline__ void advance(int num_slots) {
-    if (++slot == num_slots) {
-      slot = 0;
+  __device__ __forceinline__ void advance(int num_slots, int n = 1) {
+    slot += n;
+    if (slot >= num_slots) {
+      slot -= num_slots;
       parity ^= 1;
     }
   }
@@ -25,25 +26,19 @@ struct RingWriter {
   RingPosition next;    // to be filled
   RingPosition landed;  // the oldest fill that may still be on its way
   int in_flight = 0;
-  u32 filled = 0;
 
   __device__ explicit RingWriter(const Cta& c) : cta(c) { next.parity = 1; }
 
   __device__ void fill(const u8* source, u32 bytes) {
     Shared& shared = cta.shared;
     if (in_flight == config::in_flight) land(WaitKind::slot_landed);
-    if (!mbarrier_test_wait(&shared.empty[next.slot], next.parity)) {
-      *static_cast<volatile u32*>(&shared.stalled) = 1;
-      cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
-      *static_cast<volatile u32*>(&shared.stalled) = 0;
-    }
+    cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
     if (__any_sync(~0u, cta.aborted())) return;  // nobody reads on
     u8* slot = cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
-    cta.delay(filled);
+    cta.delay(next.slot);
     copy(slot, source, bytes, &shared.full[next.slot]);
     next.advance(cta.args.num_slots);
     ++in_flight;
-    *static_cast<volatile u32*>(&shared.filled) = ++filled;
   }
 
 #if __CUDA_ARCH__ >= 900
@@ -79,38 +74,8 @@ struct RingWriter {
   }
 };
 
-// Used by the prefetch warp, which walks the same fills. While the ring is full because the consumers wait for a
-// hand-off, the memory would idle: instead the next fills are brought into L2, no faster than memory delivers, at most
-// config::prefetch_ahead of them. The ring later takes them from there faster than memory could.
-struct Prefetcher {
-  const Cta& cta;
-  u32 index = 0;  // of the fill that the walk has reached
-  u64 last = 0;   // when the last prefetch was issued
-
-  __device__ explicit Prefetcher(const Cta& c) : cta(c) {}
-  __device__ __forceinline__ void trace(Moment, int) const {}
-
-  __device__ void fill(const u8* source, u32 bytes) {
-    const u32 at = index++;
-    const volatile u32* filled = &cta.shared.filled;
-    const volatile u32* stalled = &cta.shared.stalled;
-    Patience patience;
-    for (;;) {
-      const int ahead = static_cast<int>(at - *filled);
-      if (ahead < 0 || cta.aborted()) return;
-      const u64 now = globaltimer();
-      if (*stalled != 0 && ahead < config::prefetch_ahead && now - last >= config::prefetch_interval_ns) {
-        for (u32 line = cta.lane * 128; line < bytes; line += 32 * 128) prefetch_l2(source + line);
-        last = now;
-        return;
-      }
-      __nanosleep(100);
-      if (patience.ends(cta.args, cta.shared, WaitKind::slot_empty)) return;
-    }
-  }
-};
-
-// Used by every consumer warp for itself.
+// Used by every consumer warp for itself. A slot is read by some warps or by all of them; either way its `empty` counts
+// as many arrivals as there are consumer warps.
 struct RingReader {
   const Cta& cta;
   RingPosition next;
@@ -122,11 +87,15 @@ struct RingReader {
     return cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
   }
 
+  // This warp, one of num_consumer_warps / count readers, is done with the slot.
+  template <int count>
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if (cta.lane == 0) mbarrier_arrive(&cta.shared.empty[next.slot]);
-    next.advance(cta.args.num_slots);
+    mbarrier_arrive_warp<count>(&cta.shared.empty[next.slot], cta.lane);
   }
+
+  // On to another slot; those between are read by other warps.
+  __device__ __forceinline__ void skip(int num_slots) { next.advance(cta.args.num_slots, num_slots); }
 };
 
 __device__ __forceinline__ void ring_init(const Cta& cta) {
@@ -137,10 +106,11 @@ __device__ __forceinline__ void ring_init(const Cta& cta) {
       mbarrier_init(&cta.shared.empty[i], num_consumer_warps);
     }
     mbarrier_init(&cta.shared.kv_ready, 1);
+    for (u64& ready : cta.shared.part_ready) mbarrier_init(&ready, part_arrivals);
+    for (u64& free : cta.shared.part_free) mbarrier_init(&free, 1);
     cta.shared.aborted = 0;
+    cta.shared.last = 0;
     cta.shared.search_rounds = 0;
-    cta.shared.stalled = 0;
-    cta.shared.filled = 0;
     cta.shared.matrix = 0;
     for (int track = 0; track < 2; ++track) {
       cta.shared.moments[track] = 0;

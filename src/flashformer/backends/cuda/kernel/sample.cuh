@@ -1,6 +1,6 @@
 // The next token of every row, chosen by every CTA for itself from the candidates of all: engine/sampler.py in a kernel.
 //
-// Greedy rows bring the best of the head's epilogue and cost nothing more. Other rows race: each token's scaled logit plus
+// Greedy rows bring the best of the finishing warp and cost nothing more. Other rows race: each token's scaled logit plus
 // noise of its own (Gumbel-max), in any order on any CTA; one exchange of candidates at the token's end decides all.
 #pragma once
 #include "filter.cuh"
@@ -93,7 +93,7 @@ __device__ __forceinline__ void pick(const Cta& cta, const Exchange& exchange, i
     if (cta.lane == 0) {
       cta.shared.token[row] = id;
       count_token(cta, row, id);
-      if (cta.idx == 0) st_relaxed_sys(reinterpret_cast<u32*>(cta.args.out_tokens) + step * max_rows + row, id);
+      if (cta.idx == 0) st_relaxed_sys(reinterpret_cast<u32*>(cta.args.out_tokens) + step * exchange_rows + row, id);
     }
   }
   if (cta.thread == 0 && ld_relaxed_gpu(exchange.stop) != 0) cta.shared.last = 1;
@@ -103,10 +103,7 @@ __device__ __forceinline__ void pick(const Cta& cta, const Exchange& exchange, i
 // Chooses, counts and sends out the next token of every row. Returns whether the launch ends with it, at the same token
 // for all CTAs: the host wants it, a row has its last token, or that was the number of steps.
 __device__ __forceinline__ bool choose_tokens(const Cta& cta, const Exchange& exchange, int step) {
-  cta.consumer_sync();
-  gather_best(cta);
   if (cta.args.sampled_rows != 0) {
-    cta.consumer_sync();
     if (cta.args.adjusted_rows != 0) adjust_rows(cta, step);
     if (cta.args.filtered_rows != 0) {
       find_tops(cta, step);

@@ -1,7 +1,7 @@
 // The stream limit: the decoder's ring over `bytes` of memory, with consumers that compute nothing and never meet.
 #include "ring.cuh"
 
-extern "C" __global__ void __launch_bounds__(num_consumers + 32, 1)
+extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1)
     stream(const __grid_constant__ StepArgs args, u64 bytes) {
   extern __shared__ __align__(128) u8 dynamic[];
   __shared__ Shared shared;
@@ -14,11 +14,12 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 32, 1)
     RingWriter ring(cta);
     for (u64 i = begin; i < end; ++i) ring.fill(args.image + i * config::slot_bytes, config::slot_bytes);
     ring.drain();
-  } else {
+  } else if (!cta.is_finisher()) {
     RingReader ring(cta);
     for (u64 i = begin; i < end; ++i) {
       ring.wait();
-      ring.release();
+      ring.release<1>();
+      ring.skip(1);
     }
   }
 }
