@@ -9,18 +9,20 @@ const float* logits;  // [num_steps][num_rows][vocab_size]
 Shared shared_memory[config::num_ctas];
 alignas(128) u8 dynamic_memory[config::num_ctas][1 << 16];
 
+// Warp 0 stands for the finisher.
 void head(Cta& cta, int step) {
-  clear_best(cta);
-  const Shape shape(Kind::lm_head, cta.idx);
-  for (int tile = shape.begin; tile < shape.end; ++tile) {
-    if (cta.warp != tile % num_consumer_warps) continue;
+  using Head = Stage<Kind::lm_head>;
+  Best best;
+  for (int tile = Head::begin(cta.idx); cta.warp == 0 && tile < Head::end(cta.idx); ++tile) {
     for (int i = 0; 2 * i < cta.args.num_rows; ++i) {
       const int token = cta.lane / 16 + 2 * i, id = tile * tile_rows + cta.lane % 16;
       const bool valid = token < cta.args.num_rows && id < config::vocab_size;
       const float logit = valid ? logits[(u64(step) * cta.args.num_rows + token) * config::vocab_size + id] : 0.f;
-      head_output(cta, tile, cta.lane % 16, token, i, logit);
+      best.take(cta, tile, token, i, logit);
     }
   }
+  if (cta.warp == 0) best.choose(cta);
+  cta.consumer_sync();
 }
 
 void consume() {

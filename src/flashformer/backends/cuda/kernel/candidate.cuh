@@ -44,7 +44,11 @@ struct Best {
 #pragma unroll
     for (int i = 0; i < num; ++i) candidate[i] = {};
   }
-  __device__ __forceinline__ void take(int i, float logit, int id) {
+  // A row of a tile of the head.
+  __device__ __forceinline__ void take(const Cta& cta, int tile, int token, int i, float logit) {
+    const int id = tile * tile_rows + cta.lane % tile_rows;
+    if (token >= cta.args.num_rows || id >= config::vocab_size) return;
+    if (has_bit(cta.args.kept_rows, token)) logits_of(cta, token)[id] = logit;
     take_better(candidate[i], logit == logit ? Candidate{logit, id} : Candidate{infinity, not_a_number});
   }
   // The CTA's largest logit of every row into shared.choice.

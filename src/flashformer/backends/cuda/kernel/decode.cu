@@ -158,13 +158,6 @@ struct Finisher {
                 token < cta.args.num_rows && row < 8);
   }
 
-  __device__ __forceinline__ void head_output(int tile, int token, int i, float logit) {
-    const int id = tile * tile_rows + cta.lane % tile_rows;
-    if (token >= cta.args.num_rows || id >= config::vocab_size) return;
-    if (has_bit(cta.args.kept_rows, token)) logits_of(cta, token)[id] = logit;
-    best.take(i, logit, id);
-  }
-
   // Where o_proj and down send the hidden state.
   template <Kind kind>
   __device__ __forceinline__ HiddenOutput hidden_output(int layer) const {
@@ -213,7 +206,7 @@ struct Finisher {
         } else if constexpr (kind == Kind::gate_up) {
           gate_up_output(layer, tile, token, value);
         } else if constexpr (kind == Kind::lm_head) {
-          head_output(tile, token, i, value);
+          best.take(cta, tile, token, i, value);
         } else {
           hidden(cta, tag, tile, token, value);
         }
