@@ -1,0 +1,61 @@
+"""Python's numbers for the proof are those of the kernel: its own headers are asked, by NVRTC."""
+
+import shutil
+
+import pytest
+
+from flashformer.backends.cuda import compile as cuda_compile
+from flashformer.backends.cuda.geometry import page_bytes, past_of, stage_shape
+from flashformer.codegen.cuda_header import MATRICES, render_cuda
+from flashformer.errors import CompileError
+from test_cuda_compile import plan_for
+
+FIELDS = ("fragments", "num_chunks", "chunk_fragments", "window_chunks", "group", "num_windows")
+
+
+@pytest.fixture
+def accepted(tmp_path, monkeypatch):
+    """Whether static assertions hold in the kernel's headers for a plan."""
+    folder = tmp_path / "kernel"
+    shutil.copytree(cuda_compile.KERNEL, folder)
+    monkeypatch.setattr(cuda_compile, "KERNEL", folder)
+
+    def check(plan, rows, assertions):
+        lines = [f"static_assert({text});" for text in assertions]
+        source = ['#include "past.cuh"', *lines, 'extern "C" __global__ void none() {}']
+        (folder / "asked.cu").write_text("\n".join(source))
+        try:
+            cuda_compile.build_cubin(render_cuda(plan, rows=rows), "asked", plan.machine.arch)
+        except CompileError as error:
+            if "static assertion" not in str(error):
+                raise
+            return False
+        return True
+
+    return check
+
+
+def stages_of(plan, rows):
+    """C++ assertions of every number of every matrix."""
+    for name in (*MATRICES, "lm_head"):
+        matrix = plan.matrix(name, -1 if name == "lm_head" else 0)
+        shape = stage_shape(matrix, rows)
+        yield f"Stage<Kind::{name}>::tiles == {matrix.num_tiles}"
+        for field in FIELDS:
+            yield f"Stage<Kind::{name}>::{field} == {getattr(shape, field)}"
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "odd"])
+def test_python_cuts_matrices_and_pages_as_the_kernel_does(accepted, shape, rows):
+    plan = plan_for("sm_90a", shape)
+    layer = plan.spec.layers[0]
+    least = past_of(plan, layer, 1, 1).chunk_pages  # of a short past: the smallest chunk
+    pages = [f"page_bytes == {page_bytes(plan, layer)}", f"min_chunk_pages == {least}"]
+
+    assert accepted(plan, rows, [*stages_of(plan, rows), *pages])
+
+
+def test_a_number_that_differs_is_noticed(accepted):
+    plan = plan_for("sm_90a", "odd")
+    assert not accepted(plan, 8, ["Stage<Kind::down>::num_chunks == 77"])
