@@ -154,6 +154,14 @@ __device__ __forceinline__ void mma_heads(float (&d)[2 * halves], const u32 (&a)
   for (int i = 0; i < 2 * halves; ++i) d[i] = full[i];
 }
 
+// The bits of two neighbouring positions that are visible. What lies in a page beyond them may be another sequence's
+// NaN, and zero times NaN is NaN.
+__device__ __forceinline__ u32 visible_pair(int position, int lo, int hi) {
+  const bool first = position >= lo && position < hi;
+  const bool second = position + 1 >= lo && position + 1 < hi;
+  return (first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u);
+}
+
 // A warp's running attention over blocks of 16 positions. Lane: query head lane / 4 (and + 8), positions by lane % 4.
 struct WarpAttention {
   float maximum[halves];
@@ -210,9 +218,13 @@ struct WarpAttention {
         out[n][2 * h + 1] *= scale;
       }
     }
+    const int position = first + lane % 4 * 2;
+    const u32 keep[2] = {visible_pair(position, lo, hi), visible_pair(position + 8, lo, hi)};
 #pragma unroll
     for (int d = 0; d < dim_blocks; ++d) {
-      const Vec16 b = *reinterpret_cast<const Vec16*>(values + d * 512 + lane * 16);
+      Vec16 b = *reinterpret_cast<const Vec16*>(values + d * 512 + lane * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b.w[i] &= keep[i % 2];
       mma_heads(out[2 * d], p, b.w[0], b.w[1]);
       mma_heads(out[2 * d + 1], p, b.w[2], b.w[3]);
     }
