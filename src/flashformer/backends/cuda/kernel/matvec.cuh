@@ -30,7 +30,7 @@ __device__ __forceinline__ void stream_tiles(Sink& sink, int layer) {
 
 // The lane's parts of operands A and B of some neighbouring fragments.
 struct Fragments {
-  static constexpr int num = config::arch >= 90 ? 4 : 2;  // without bulk copies the producer needs more registers
+  static constexpr int num = config::arch >= 90 ? 4 : 1;  // without bulk copies the producer needs more registers
   Vec16 a[num];
   uint2 b[num];
 
