@@ -238,8 +238,8 @@ class CudaBackend:
 
     def num_slots(self, rows: int) -> int:
         """Slots of the ring that fit beside the activations."""
-        free = self._kernels[row_class(rows)].max_dynamic_shared - self.x_bytes(rows)
-        slots = min(MAX_SLOTS, free // SLOT_BYTES)
+        free: int = self._kernels[row_class(rows)].max_dynamic_shared - self.x_bytes(rows)
+        slots: int = min(MAX_SLOTS, free // SLOT_BYTES)
         if slots < MIN_SLOTS:
             raise OutOfMemoryError(
                 f"{rows} rows need {self.x_bytes(rows)} bytes of shared memory and leave room for "

@@ -67,7 +67,7 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
         kind="cuda",
         name=device.name,
         arch=device.arch,
-        num_ctas=min(device.num_sms, -(-rows // TILE_ROWS)),
+        num_ctas=_even_ctas(spec, min(device.num_sms, -(-rows // TILE_ROWS))),
         layout="fragment",
         page_tokens=min(PAGE_TOKENS, SLOT_BYTES // head_bytes // 16 * 16),
         kv_format="bf16",
@@ -75,6 +75,29 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
         prompt_rows=PROMPT_ROWS,
         shared_bytes=device.shared_bytes,
     )
+
+
+def _even_ctas(spec: ModelSpec, most: int) -> int:
+    """The fewest CTAs whose busiest one reads least, or at most 0.5 % more.
+
+    Every stage ends with its slowest CTA, so each counts with the most tiles that one CTA gets;
+    CTAs with less to do than the others only disturb them (docs/lab-notes.md).
+    """
+    layer, hidden = spec.layers[0], spec.hidden_size
+    matrices = (  # rows, columns, times a step
+        (layer.qkv_rows, hidden, spec.num_layers),
+        (hidden, layer.q_rows, spec.num_layers),
+        (2 * layer.intermediate_size, hidden, spec.num_layers),
+        (hidden, layer.intermediate_size, spec.num_layers),
+        (spec.vocab_size, hidden, 1),
+    )
+
+    def columns_read(num_ctas: int) -> int:
+        return sum(n * cols * -(-rows // TILE_ROWS // num_ctas) for rows, cols, n in matrices)
+
+    numbers = range(1, most + 1)
+    enough = 1.005 * min(columns_read(n) for n in numbers)
+    return next(n for n in numbers if columns_read(n) <= enough)
 
 
 def find_device() -> Device:
