@@ -14,7 +14,7 @@ from fake_backend import FakeBackend, fake_plan
 from flashformer.backends import open_backend
 from flashformer.backends.base import StepResult
 from flashformer.errors import UsageError
-from flashformer.model.default import CONFIG
+from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import RandomWeights
 from flashformer.plan.plan import PlanOptions
@@ -45,7 +45,9 @@ def backend(tmp_path_factory):
     """The reference backend with a small random model, three sequences and 80 positions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHFORMER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        spec = ModelSpec.from_hf({**CONFIG, "num_hidden_layers": 2})
+        small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        spec = ModelSpec.from_hf({**SHAPES["smollm2-135m"], **small, **heads, "vocab_size": 300})
         options = PlanOptions(context=80, max_batch=3)
         return open_backend("reference", spec, RandomWeights(spec), options, num_pages=15)
 
