@@ -193,6 +193,7 @@ def test_a_stream_that_nobody_reads_is_cut_and_one_that_is_silent_is_pinged(limi
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect(("127.0.0.1", limited.port))
+    assert wait_until(lambda: bool(limited.server.connections))
     for connection in list(limited.server.connections):  # the kernel would take megabytes
         peer = connection.transport.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -208,7 +209,7 @@ def test_a_stream_that_nobody_reads_is_cut_and_one_that_is_silent_is_pinged(limi
     answer = waiting.getresponse()
     first = answer.readline()
     assert first in (b": ping\n", b"data: begin\n")
-    assert wait_until(lambda: limited.client.num_open == 0, 10.0)
+    assert wait_until(lambda: limited.client.num_open == 0, 60.0)
     assert limited.wait_idle()
     sock.close()
     waiting.close()
