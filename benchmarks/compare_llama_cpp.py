@@ -34,7 +34,6 @@ def main() -> None:
         "kind": "comparison",
         "peer": {"name": "llama.cpp", "version": peer_version(options.llama_bench)},
         **provenance(),
-        "command": ["python", "benchmarks/compare_llama_cpp.py", "--shape", options.shape],
         "system": system(),
         "model": {"name": options.shape, "weights": "random"},
         "threads": options.threads,

@@ -8,7 +8,6 @@ The result is a new JSON file in `benchmarks/results`.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.serve.benchmark.checks import ROUNDING
-from flashformer.serve.benchmark.provenance import provenance, system
+from flashformer.serve.benchmark.provenance import COMMIT_HELP, provenance, system
 from flashformer.serve.benchmark.steps import Steps
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,8 +50,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "schema": 1,
         "kind": "prefill",
-        **provenance(),
-        "command": ["python", *sys.argv],
+        **provenance(options.commit),
         "system": system(),
         "gpu": gpu(),
         "models": [
@@ -78,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default="2048", help="of a chunk, one measurement each")
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--commit", help=COMMIT_HELP)
     return parser.parse_args()
 
 

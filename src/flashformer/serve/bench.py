@@ -80,6 +80,7 @@ def bench(
     device: options.Device = "auto",
     threads: options.Threads = None,
     output: Output = "md",
+    commit: options.Commit = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -94,11 +95,12 @@ def bench(
         parse_numbers("-b", batches),
     )
     with Terminal(quiet=quiet) as terminal:
+        where_from = provenance(commit)
         found = find_model(model, model_shape)
         machine = {**machine_json(device, found.spec, threads), **system()}
         names = quant.split(",") if quant else [found.stored_format]
         results = [run_format(found, n, cases, repeats, device, threads, terminal) for n in names]
-    document = to_json(found, machine, results)
+    document = {**where_from, **to_json(found, machine, results)}
     if as_json or output == "json":
         write_json(document)
     else:
@@ -181,7 +183,6 @@ def to_json(model: Model, machine: dict[str, Any], results: list[Result]) -> dic
     return {
         "schema": 1,
         "kind": "bench",
-        **provenance(),
         "machine": {
             **machine,
             "load_after": round(os.getloadavg()[0], 2),

@@ -90,6 +90,13 @@ System = Annotated[
     str | None,
     typer.Option(envvar="FLASHFORMER_SYSTEM", help="System message of the chat template."),
 ]
+Commit = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FLASHFORMER_COMMIT",
+        help="For the result file: the commit that this copy of the sources is, without a .git.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[
     bool,

@@ -56,6 +56,7 @@ def profile(
     quant: options.Quant = None,
     device: options.Device = "auto",
     output: Output = Path("flashformer-trace.json"),
+    commit: options.Commit = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -88,7 +89,7 @@ def profile(
             bytes_per_step = backend.plan.bytes_per_step(depth + tokens, batch)
     title = f"{found.name} {name}, batch {batch}, context {depth}"
     output.write_text(json.dumps(chrome_trace(slices, title), separators=(",", ":")))
-    document = to_json(title, slices, bytes_per_step, output)
+    document = {**provenance(commit), **to_json(title, slices, bytes_per_step, output)}
     if as_json:
         write_json(document)
     else:
@@ -108,7 +109,6 @@ def to_json(
     return {
         "schema": 1,
         "kind": "profile",
-        **provenance(),
         "what": title,
         "token_us": wall,
         "bytes_per_token": bytes_per_step,
