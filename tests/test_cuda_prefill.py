@@ -1,26 +1,29 @@
 """Prompts on a GPU: as exact as the kernel, the same bits whatever runs beside, memory foreseen."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from checkpoints import VARIANTS, make_checkpoint
+from checkpoints import make_checkpoint
 from flashformer.backends.base import StepBatch
-from flashformer.backends.cuda.prefill import workspace_bytes
+from flashformer.backends.cuda.machine import cuda_machine
+from flashformer.backends.cuda.prefill import Prefill, workspace_bytes
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
-from flashformer.model.weights import RandomWeights
+from flashformer.plan.plan import PlanOptions, make_plan
 from test_cuda import (
-    BATCH,
     LENGTH,
     divergence,
     forward,
     head_dim,
-    open_cuda,
     open_variant,
     table_of,
     transformers_logits,
 )
+from test_prefill import CHUNK, cuda_plan, image_of, prefill
+from test_prefill import LENGTH as SHORT_LENGTH
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +31,17 @@ PROMPT = 100
 # Heads that the kernel can take, where the variant's own are not: heads of 16, 24 or 40 channels.
 WIDER = {"llama": {"head_dim": 24}, "qwen2": {"hidden_size": 96}, "smollm3": {"hidden_size": 96}}
 WIDER["phi3"] = {"hidden_size": 160}
-RUNNABLE = [v for v in VARIANTS if v != "phi3-longrope"]  # its factors are made for its 20 channels
+FAMILIES = (  # every path through the kernels of a prompt; test_prefill.py has the other variants
+    *("llama-llama3", "llama-bias", "llama-f16", "mistral-window", "qwen2-window"),
+    *("qwen3", "smollm3", "phi3", "phi3-window"),
+)
+
+
+def widened(folder, checkpoint, variant):
+    """The variant's checkpoint, with heads that the kernel can take."""
+    if head_dim(variant) % 8 == 0:
+        return checkpoint(variant)
+    return make_checkpoint(folder, variant, **WIDER[variant.split("-")[0]])
 
 
 def random_ids(backend, length=LENGTH, seed=1):
@@ -45,22 +58,34 @@ def prompt_beside(backend, ids, neighbours):
     return result.logits[len(neighbours) :].copy(), result.logits[: len(neighbours)].copy()
 
 
-@pytest.mark.parametrize("variant", RUNNABLE)
-def test_prompts_and_what_follows_are_as_close_to_float32_as_transformers(tmp_path, variant):
-    wider = {} if head_dim(variant) % 8 == 0 else WIDER[variant.split("-")[0]]
-    folder = make_checkpoint(tmp_path, variant, **wider)
-    backend = open_variant(lambda _: folder, variant)
-    ids = random_ids(backend)
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_prompts_are_as_close_to_float32_as_transformers(tmp_path, checkpoint, variant):
+    folder = widened(tmp_path, checkpoint, variant)
+    plan, weights = cuda_plan(lambda _: folder, variant)
+    plan = replace(plan, machine=replace(plan.machine, arch=cuda_machine(plan.spec).arch))
+    ids = np.random.default_rng(1).integers(0, plan.spec.vocab_size, SHORT_LENGTH, np.int32)
     exact = transformers_logits(folder, ids, torch.float32)
     rounded = transformers_logits(folder, ids, torch.bfloat16)
 
-    prompt = forward(backend, ids[:PROMPT], rows=PROMPT)
+    logits, _ = prefill(plan, image_of(plan, weights), ids, CHUNK, device="cuda")
+
+    # fp16 models keep bf16 keys and values here, so bf16 arithmetic is what they are held to.
+    assert divergence(logits, exact) <= 1.05 * divergence(rounded, exact)
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "llama-f16", "mistral-window"])
+def test_what_follows_a_prompt_is_as_close_to_float32(tmp_path, checkpoint, variant):
+    folder = widened(tmp_path, checkpoint, variant)
+    backend = open_variant(lambda _: folder, variant)
+    ids = random_ids(backend)
+    exact = transformers_logits(folder, ids, torch.float32)[PROMPT:]
+    rounded = transformers_logits(folder, ids, torch.bfloat16)[PROMPT:]
+    forward(backend, ids[:PROMPT], rows=PROMPT)
+
     decoded = forward(backend, ids[PROMPT:], first=PROMPT, rows=1)
 
     backend.close()
-    # fp16 models keep bf16 keys and values here, so bf16 arithmetic is what they are held to.
-    bound = divergence(rounded, exact)
-    assert divergence(np.concatenate([prompt, decoded]), exact) <= 1.05 * bound
+    assert divergence(decoded, exact) <= 1.05 * divergence(rounded, exact)
 
 
 @pytest.fixture(scope="module")
@@ -114,25 +139,18 @@ def test_a_chunk_that_starts_within_a_page_continues_it(backend):
 
 def test_the_workspace_of_a_real_shape_is_foreseen():
     spec = ModelSpec.from_hf({**SHAPES["llama-3.1-8b"], "num_hidden_layers": 2})
-    backend = open_cuda(spec, RandomWeights(spec), context=8192)
-    table = table_of(backend, 8192)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated() - workspace_held(backend)
+    plan = make_plan(spec, cuda_machine(spec), PlanOptions("bf16", "bf16", 8192, 1))
+    layer, chunk = spec.layers[0], plan.machine.prompt_rows
+    image = torch.zeros(plan.image_bytes, dtype=torch.uint8, device="cuda")
+    kv = torch.zeros(2 * 8192 * 4 * layer.kv_rows, dtype=torch.uint8, device="cuda")
+    pages = torch.arange(8192 // plan.machine.page_tokens, device="cuda")
+    before = torch.cuda.memory_allocated()
+    prompts = Prefill(plan, image, kv)
+    prompts.warm_up(len(pages))
     torch.cuda.reset_peak_memory_stats()
 
-    for first in range(0, 8192, 2048):
-        positions = np.arange(first, first + 2048, dtype=np.int32)
-        slots = np.full(2048, BATCH - 1, np.int32)
-        wanted = np.arange(1800, 2048, dtype=np.int32)
-        backend.step(StepBatch(positions % 1000, positions, slots, table, wanted))
+    ids = np.arange(8192, dtype=np.int32) % 1000
+    prompts.prompt(ids, 0, pages, np.arange(8192 - chunk // 8, 8192, dtype=np.int32))
 
     used = torch.cuda.max_memory_allocated() - before
-    backend.close()
-    assert used <= workspace_bytes(backend.plan) <= 1.5 * used
-
-
-def workspace_held(backend):
-    """Bytes that the backend keeps between prompts."""
-    prefill = backend._prefill
-    kept = (prefill._slab, prefill._seen.keys, prefill._seen.values)
-    return sum(tensor.nbytes for tensor in kept)
+    assert used <= workspace_bytes(plan) <= 1.5 * used

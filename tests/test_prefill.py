@@ -57,24 +57,24 @@ def ids_of(plan, length=LENGTH):
     return np.random.default_rng(1).integers(0, plan.spec.vocab_size, length).astype(np.int32)
 
 
-def fresh_pages(plan):
+def fresh_pages(plan, device="cpu"):
     """Bytes of all pages, full of NaN: nothing may be read that was not written."""
     layer = plan.spec.layers[0]
     channels = -(-layer.head_dim // 16) * 16
     numbers = plan.spec.num_layers * NUM_PAGES * layer.num_kv_heads * 2 * PAGE_TOKENS * channels
-    return torch.full((2 * numbers,), 0xFF, dtype=torch.uint8)
+    return torch.full((2 * numbers,), 0xFF, dtype=torch.uint8, device=device)
 
 
-def prefill(plan, image, ids, chunk, activations=None):
+def prefill(plan, image, ids, chunk, activations=None, device="cpu"):
     """Logits of every row, and the pages."""
-    kv = fresh_pages(plan)
-    runner = Prefill(plan, torch.from_numpy(image), kv, activations)
-    pages, logits = torch.tensor(PAGES), []
+    kv = fresh_pages(plan, device)
+    runner = Prefill(plan, torch.from_numpy(image).to(device), kv, activations)
+    pages, logits = torch.tensor(PAGES, device=device), []
     for first in range(0, len(ids), chunk):
-        part = torch.from_numpy(ids[first : first + chunk]).long()
+        part = torch.from_numpy(ids[first : first + chunk]).to(device, torch.int64)
         used = pages[: -(-(first + len(part)) // PAGE_TOKENS)]
         logits.append(runner.logits(runner.run(part, first, used, 0)))
-    return torch.cat(logits).numpy(), kv
+    return torch.cat(logits).cpu().numpy(), kv.cpu()
 
 
 def reference(plan, image, ids):
