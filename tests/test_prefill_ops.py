@@ -10,9 +10,10 @@ import torch
 
 from checkpoints import make_checkpoint
 from emulated_kernels import emulated_ops
+from flashformer.backends.cuda.kv_pages import Pages
 from flashformer.backends.cuda.machine import cuda_machine
 from flashformer.backends.cuda.prefill_kernels import KernelOps
-from flashformer.backends.cuda.prefill_ops import TorchOps, rotations
+from flashformer.backends.cuda.prefill_ops import Heads, TorchOps, Update, rotations
 from flashformer.backends.cuda.unpack import padded_cols
 from test_cuda import head_dim
 from test_prefill import cuda_plan, image_of
@@ -87,14 +88,14 @@ def test_the_hidden_state_is_added_to_and_normalised(case, with_update, with_bia
     size = case.plan.spec.hidden_size
     states = [case.normal(ROWS, size)]
     states.append(states[0].clone())
-    update = case.normal(ROWS, size) if with_update else None
     bias = case.normal(size) if with_bias else None
+    update = Update(case.normal(ROWS, size), bias) if with_update else None
     weight = case.vectors["input_layernorm"]
     found, expected = case.outputs(ROWS, size)
 
-    case.kernels.add_norm(states[0], update, bias, weight, found)
+    case.kernels.add_norm(states[0], update, weight, found)
 
-    case.plain.add_norm(states[1], update, bias, weight, expected)
+    case.plain.add_norm(states[1], update, weight, expected)
     assert torch.equal(*states)
     assert_same(found, expected)
 
@@ -109,9 +110,9 @@ def test_heads_are_normalised_turned_and_rounded(case, turned):
     rotation = rotations(frequencies, 1.3, 70, ROWS) if turned else None
     pairs = [case.outputs(ROWS, n, channels, dtype=torch.bfloat16) for n in counts]
 
-    case.kernels.split_heads(qkv, case.vectors, rotation, tuple(p[0] for p in pairs))
+    case.kernels.split_heads(qkv, case.vectors, rotation, Heads(*(p[0] for p in pairs)))
 
-    case.plain.split_heads(qkv, case.vectors, rotation, tuple(p[1] for p in pairs))
+    case.plain.split_heads(qkv, case.vectors, rotation, Heads(*(p[1] for p in pairs)))
     for found, expected in pairs:
         assert_same(found, expected)
 
@@ -132,18 +133,18 @@ def test_gate_and_up_become_activations(case, with_bias):
 def test_pages_are_stored_and_loaded_bit_by_bit(case):
     layer, page_tokens = case.layer, case.plan.machine.page_tokens
     channels = -(-layer.head_dim // 16) * 16
-    pages = torch.tensor([4, 1, 3], device=case.device)
-    tokens = len(pages) * page_tokens
+    ids = torch.tensor([4, 1, 3], device=case.device)
+    tokens = len(ids) * page_tokens
     shape = (6, layer.num_kv_heads, 2, page_tokens * channels)
     found, expected = case.outputs(*shape, dtype=torch.bfloat16)
     keys, values = case.normal(2, tokens, layer.num_kv_heads, channels).bfloat16()
 
-    case.kernels.store_pages(found, pages, keys.clone(), values.clone(), tokens - 19)
+    case.kernels.store_pages(Pages(found, ids), keys.clone(), values.clone(), tokens - 19)
 
-    case.plain.store_pages(expected, pages, keys, values, tokens - 19)
+    case.plain.store_pages(Pages(expected, ids), keys, values, tokens - 19)
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
     loaded, plain = (case.outputs(*keys.shape, dtype=torch.bfloat16) for _ in range(2))
-    case.kernels.load_pages(found, pages, *loaded)
-    case.plain.load_pages(found, pages, *plain)
+    case.kernels.load_pages(Pages(found, ids), *loaded)
+    case.plain.load_pages(Pages(found, ids), *plain)
     assert torch.equal(loaded[0], plain[0])
     assert torch.equal(loaded[1], plain[1])

@@ -5,33 +5,34 @@ blocks of 16 positions x 16 channels hold operand B of mma.m16n8k16. The pages o
 [pages, kv heads, 2, page_tokens x channels] bf16: keys, then values.
 """
 
+from typing import NamedTuple
+
 import torch
 
 BLOCK = 16  # positions, and channels, of one fragment
 
 
-def load_pages(
-    layer: torch.Tensor, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> None:
-    """Copy `pages` int64 [n] of a layer to `keys` and `values` [n page_tokens, heads, channels]."""
-    stored = layer[pages]
-    _plain_keys(keys, len(pages)).copy_(_stored_keys(stored, keys))
-    _plain_values(values, len(pages)).copy_(_stored_values(stored, values))
+class Pages(NamedTuple):
+    """Pages of one sequence in one layer, in order of position."""
+
+    layer: torch.Tensor  # [pages, kv heads, 2, page_tokens x channels]: all pages of the layer
+    ids: torch.Tensor  # int64 [n]
 
 
-def store_pages(
-    layer: torch.Tensor,
-    pages: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    num_tokens: int,
-) -> None:
+def load_pages(pages: Pages, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy `pages` to `keys` and `values` [n page_tokens, heads, channels]."""
+    stored = pages.layer[pages.ids]
+    _plain_keys(keys, len(stored)).copy_(_stored_keys(stored, keys))
+    _plain_values(values, len(stored)).copy_(_stored_values(stored, values))
+
+
+def store_pages(pages: Pages, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> None:
     """The inverse of `load_pages`; positions from `num_tokens` on become zero."""
     keys[num_tokens:], values[num_tokens:] = 0, 0
-    stored = torch.empty_like(layer[: len(pages)])
-    _stored_keys(stored, keys).copy_(_plain_keys(keys, len(pages)))
-    _stored_values(stored, values).copy_(_plain_values(values, len(pages)))
-    layer[pages] = stored
+    stored = torch.empty_like(pages.layer[: len(pages.ids)])
+    _stored_keys(stored, keys).copy_(_plain_keys(keys, len(stored)))
+    _stored_values(stored, values).copy_(_plain_values(values, len(stored)))
+    pages.layer[pages.ids] = stored
 
 
 # Both views of keys: [page, block, half of 16 positions, position of 8, head, block of channels,

@@ -14,9 +14,11 @@ import torch
 from flashformer.backends.base import Float32, Int32
 from flashformer.backends.cuda.prefill_kernels import KernelOps
 from flashformer.backends.cuda.prefill_ops import (
+    Heads,
     PrefillOps,
     Rotation,
     TorchOps,
+    Update,
     attend,
     multiply,
     rotations,
@@ -167,10 +169,10 @@ class Prefill:
         """
         hidden = self._embed(token_ids)
         turns = [rotations(f, factor, first, len(hidden)) for f, factor in self._ropes]
-        update = bias = None
+        update = None
         for layer in self._layers:
             vectors, matrices = layer.vectors, layer.matrices
-            x = self._add_norm(hidden, update, bias, vectors["input_layernorm"], matrices["qkv"])
+            x = self._add_norm(hidden, update, vectors["input_layernorm"], matrices["qkv"])
             qkv = self._project(x, matrices["qkv"], torch.float32)
             rotation = turns[layer.record.rope_idx] if layer.record.rope_idx >= 0 else None
             query, keys, values = self._heads(layer, qkv, rotation, first, pages)
@@ -178,11 +180,11 @@ class Prefill:
                 hidden, query = hidden[wanted_from:], query[wanted_from:]
                 if len(hidden) == 0:
                     return torch.empty_like(hidden, dtype=self._dtype(self._head))
-            update, bias = self._attention(layer, query, keys, values), vectors.get("o_bias")
+            update = Update(self._attention(layer, query, keys, values), vectors.get("o_bias"))
             norm = vectors["post_attention_layernorm"]
-            x = self._add_norm(hidden, update, bias, norm, matrices["gate_up"])
-            update, bias = self._mlp(layer, x), vectors.get("down_bias")
-        return self._add_norm(hidden, update, bias, self._norm, self._head)
+            x = self._add_norm(hidden, update, norm, matrices["gate_up"])
+            update = Update(self._mlp(layer, x), vectors.get("down_bias"))
+        return self._add_norm(hidden, update, self._norm, self._head)
 
     @torch.inference_mode()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -219,7 +221,7 @@ class Prefill:
             dtype=self._activations or torch.bfloat16,
             device=qkv.device,
         )
-        self._ops.split_heads(qkv, layer.vectors, rotation, (query, keys, values))
+        self._ops.split_heads(qkv, layer.vectors, rotation, Heads(query, keys, values))
         return query, *self._seen.close(layer.index, pages)
 
     def _attention(
@@ -244,14 +246,13 @@ class Prefill:
     def _add_norm(
         self,
         hidden: torch.Tensor,
-        update: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        update: Update | None,
         weight: torch.Tensor,
         reader: Matrix,
     ) -> torch.Tensor:
         """Add to the hidden state; normalised rows as `reader` takes them: [rows, hidden_size]."""
         out = torch.empty_like(hidden, dtype=self._dtype(reader))
-        self._ops.add_norm(hidden, update, bias, weight, out)
+        self._ops.add_norm(hidden, update, weight, out)
         return out
 
     def _project(self, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from flashformer.backends.cuda.compile import compile_kernel
+from flashformer.backends.cuda.kv_pages import Pages
 from flashformer.backends.cuda.launch import Functions
-from flashformer.backends.cuda.prefill_ops import Rotation, Vectors
+from flashformer.backends.cuda.prefill_ops import Heads, PrefillOps, Rotation, Update, Vectors
 from flashformer.backends.cuda.unpack import unpack
 from flashformer.plan.plan import Plan
 from flashformer.quant.formats import TILE_ROWS, Format
@@ -20,8 +21,8 @@ QUAD = 8  # elements that one thread moves between pages and rows: 2 positions o
 NAMES = ("unpack_16", "add_norm", "split_heads", "activate", "load_pages", "store_pages")
 
 
-class KernelOps:
-    """`PrefillOps` on a GPU, through kernel/prefill.cu. All tensors are contiguous."""
+class KernelOps(PrefillOps):
+    """The steps on a GPU, through kernel/prefill.cu. All tensors are contiguous."""
 
     def __init__(self, plan: Plan) -> None:
         """Compiles, or takes from the cache, what `plan` needs."""
@@ -38,22 +39,14 @@ class KernelOps:
         self._launch("unpack_16", -(-warps // WARPS), tiles, out, len(tiles), blocks)
 
     def add_norm(
-        self,
-        hidden: torch.Tensor,
-        update: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        weight: torch.Tensor,
-        out: torch.Tensor,
+        self, hidden: torch.Tensor, update: Update | None, weight: torch.Tensor, out: torch.Tensor
     ) -> None:
         """See `PrefillOps`; one CTA a row."""
-        self._launch("add_norm", len(hidden), hidden, update, bias, weight, out, _is_f16(out))
+        added = update or (None, None)
+        self._launch("add_norm", len(hidden), hidden, *added, weight, out, _is_f16(out))
 
     def split_heads(
-        self,
-        qkv: torch.Tensor,
-        vectors: Vectors,
-        rotation: Rotation | None,
-        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        self, qkv: torch.Tensor, vectors: Vectors, rotation: Rotation | None, heads: Heads
     ) -> None:
         """See `PrefillOps`; one warp a head of a row."""
         norms = vectors.get("q_norm"), vectors.get("k_norm")
@@ -67,24 +60,17 @@ class KernelOps:
         count = len(pairs) * tiles
         self._launch("activate", -(-count // THREADS), pairs, bias, out, count, tiles, _is_f16(out))
 
-    def load_pages(
-        self, layer: torch.Tensor, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def load_pages(self, pages: Pages, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `kv_pages.load_pages`."""
         num_ctas = -(-keys.numel() // (QUAD * THREADS))
-        self._launch("load_pages", num_ctas, layer, pages, keys, values, len(pages))
+        self._launch("load_pages", num_ctas, *pages, keys, values, len(pages.ids))
 
     def store_pages(
-        self,
-        layer: torch.Tensor,
-        pages: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        num_tokens: int,
+        self, pages: Pages, keys: torch.Tensor, values: torch.Tensor, num_tokens: int
     ) -> None:
-        """See `kv_pages.store_pages`; the rows here stay as they are."""
+        """See `kv_pages.store_pages`; `keys` and `values` stay as they are."""
         num_ctas = -(-keys.numel() // (QUAD * THREADS))
-        arguments = (layer, pages, keys, values, len(pages), num_tokens)
+        arguments = (*pages, keys, values, len(pages.ids), num_tokens)
         self._launch("store_pages", num_ctas, *arguments)
 
     def _launch(self, name: str, num_ctas: int, *arguments: torch.Tensor | int | None) -> None:

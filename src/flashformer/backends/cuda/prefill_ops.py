@@ -4,12 +4,12 @@ This is the meaning; on a GPU `prefill_kernels` does the same in one pass over m
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
-from flashformer.backends.cuda.kv_pages import load_pages, store_pages
+from flashformer.backends.cuda.kv_pages import Pages, load_pages, store_pages
 from flashformer.backends.cuda.unpack import unpack
 from flashformer.quant.formats import TILE_ROWS, Format
 
@@ -17,35 +17,43 @@ Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [rows, rotary_
 Vectors = Mapping[str, torch.Tensor]  # of one layer: float32
 
 
+class Heads(NamedTuple):
+    """Of the rows of a chunk: [rows, heads, channels] each."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Update(NamedTuple):
+    """What a layer adds to the hidden state: float32."""
+
+    rows: torch.Tensor  # [rows, hidden_size]
+    bias: torch.Tensor | None = None  # [hidden_size]
+
+
 class PrefillOps(Protocol):
-    """The steps between products. `out` gives the type to which a result is rounded."""
+    """The steps between products: `TorchOps` says what they compute, `KernelOps` is fast.
+
+    `out` gives the type to which a result is rounded.
+    """
 
     def unpack(self, tiles: torch.Tensor, weight_format: Format, out: torch.Tensor) -> None:
         """See `unpack.unpack`."""
         ...
 
     def add_norm(
-        self,
-        hidden: torch.Tensor,
-        update: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        weight: torch.Tensor,
-        out: torch.Tensor,
+        self, hidden: torch.Tensor, update: Update | None, weight: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Add `update` and `bias` to `hidden` (float32 [rows, cols], in place); RMSNorm of it."""
+        """Add `update` to `hidden` (float32 [rows, cols], in place); RMSNorm of it into `out`."""
         ...
 
     def split_heads(
-        self,
-        qkv: torch.Tensor,
-        vectors: Vectors,
-        rotation: Rotation | None,
-        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        self, qkv: torch.Tensor, vectors: Vectors, rotation: Rotation | None, heads: Heads
     ) -> None:
-        """Bias, QK-norm and RoPE of float32 `qkv` [rows, qkv_rows].
+        """Bias, QK-norm and RoPE of float32 `qkv` [rows, qkv_rows], into `heads`.
 
-        `heads`: queries, keys and values [rows, heads, channels]; channels beyond head_dim are
-        zero. Halves of the rotated channels are paired.
+        Channels beyond head_dim become zero. Halves of the rotated channels are paired.
         """
         ...
 
@@ -53,26 +61,19 @@ class PrefillOps(Protocol):
         """silu(gate) x up: `pairs` [rows, 16 tiles] in the tiles' order -> [rows, 8 tiles]."""
         ...
 
-    def load_pages(
-        self, layer: torch.Tensor, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def load_pages(self, pages: Pages, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `kv_pages.load_pages`."""
         ...
 
     def store_pages(
-        self,
-        layer: torch.Tensor,
-        pages: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        num_tokens: int,
+        self, pages: Pages, keys: torch.Tensor, values: torch.Tensor, num_tokens: int
     ) -> None:
-        """See `kv_pages.store_pages`."""
+        """See `kv_pages.store_pages`; what `keys` and `values` hold behind `num_tokens` is lost."""
         ...
 
 
-class TorchOps:
-    """`PrefillOps` as plain torch."""
+class TorchOps(PrefillOps):
+    """The steps as plain torch."""
 
     unpack = staticmethod(unpack)
     load_pages = staticmethod(load_pages)
@@ -82,30 +83,21 @@ class TorchOps:
         self._head_dim, self._eps = head_dim, eps
 
     def add_norm(
-        self,
-        hidden: torch.Tensor,
-        update: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        weight: torch.Tensor,
-        out: torch.Tensor,
+        self, hidden: torch.Tensor, update: Update | None, weight: torch.Tensor, out: torch.Tensor
     ) -> None:
         """See `PrefillOps`."""
         if update is not None:
-            hidden += update if bias is None else update + bias
+            hidden += update.rows if update.bias is None else update.rows + update.bias
         out.copy_(self._norm(hidden, weight))
 
     def split_heads(
-        self,
-        qkv: torch.Tensor,
-        vectors: Vectors,
-        rotation: Rotation | None,
-        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        self, qkv: torch.Tensor, vectors: Vectors, rotation: Rotation | None, heads: Heads
     ) -> None:
         """See `PrefillOps`."""
         if "qkv_bias" in vectors:
             qkv = qkv + vectors["qkv_bias"][: qkv.shape[1]]
-        first_key = heads[0].shape[1]
-        first_value = first_key + heads[1].shape[1]
+        first_key = heads.query.shape[1]
+        first_value = first_key + heads.keys.shape[1]
         plain = qkv.view(len(qkv), -1, self._head_dim)
         split = plain.tensor_split((first_key, first_value), dim=1)
         for part, out, norm in zip(split, heads, ("q_norm", "k_norm", ""), strict=True):

@@ -2,7 +2,7 @@
 
 import torch
 
-from flashformer.backends.cuda.kv_pages import BLOCK
+from flashformer.backends.cuda.kv_pages import BLOCK, Pages
 from flashformer.backends.cuda.prefill_ops import PrefillOps
 from flashformer.plan.plan import Plan
 
@@ -39,7 +39,8 @@ class Seen:
         past = pages[oldest // self._page_tokens : -(-first // self._page_tokens)]
         end = len(past) * self._page_tokens
         if end:
-            self._ops.load_pages(self._layers[layer], past, self.keys[:end], self.values[:end])
+            stored = Pages(self._layers[layer], past)
+            self._ops.load_pages(stored, self.keys[:end], self.values[:end])
         self._begin = oldest // self._page_tokens * self._page_tokens
         self._own = slice(first - self._begin, first - self._begin + rows)
         return self.keys[self._own], self.values[self._own]
@@ -53,8 +54,7 @@ class Seen:
         start = first_page * self._page_tokens
         places = slice(start, len(pages) * self._page_tokens - self._begin)
         self._ops.store_pages(
-            self._layers[layer],
-            pages[first_page + self._begin // self._page_tokens :],
+            Pages(self._layers[layer], pages[first_page + self._begin // self._page_tokens :]),
             self.keys[places],
             self.values[places],
             self._own.stop - start,
