@@ -17,20 +17,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 from flashformer.backends.cuda import CudaBackend, cuda_machine, prefill
 from flashformer.backends.cuda.prefill_kernels import KernelOps
+from flashformer.backends.cuda.random_image import random_image
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
-from flashformer.plan.plan import Plan, PlanOptions, make_plan
+from flashformer.plan.plan import PlanOptions, make_plan
 from flashformer.serve.benchmark.provenance import COMMIT_HELP, provenance, system
 from flashformer.serve.benchmark.steps import Steps
 from prefill_checks import checks
 
 RESULTS = Path(__file__).parent / "results"
-WEIGHT_STD = 0.02
 Pair = tuple[torch.cuda.Event, torch.cuda.Event]
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "unpack": [(KernelOps, "unpack")],
@@ -121,23 +120,6 @@ def measure_model(shape: str, rows: int, options: argparse.Namespace) -> dict[st
     model["peak_bytes"] = torch.cuda.max_memory_allocated()
     backend.close()
     return model
-
-
-def random_image(plan: Plan, device: torch.device) -> torch.Tensor:
-    """Weights of one size, norms of one, no biases, the true RoPE tables; made on the device."""
-    image = torch.zeros(plan.image_bytes, dtype=torch.uint8, device=device)
-    torch.manual_seed(0)
-    for part in image.view(torch.bfloat16).split(1 << 28):  # type: ignore[no-untyped-call]
-        part.normal_(0, WEIGHT_STD)
-    for vector in plan.vectors:
-        end = vector.offset + 4 * vector.length
-        values = image[vector.offset : end].view(torch.float32)
-        if vector.name == "inv_freq":
-            table = plan.spec.ropes[vector.layer].frequencies(plan.options.context)[0]
-            values.copy_(torch.from_numpy(np.array(table)))
-        else:
-            values.fill_(0 if vector.name.endswith("bias") else 1)
-    return image
 
 
 def measure_prompt(steps: Steps, tokens: int, rounds: int) -> dict[str, Any]:

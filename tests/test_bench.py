@@ -18,12 +18,12 @@ from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import RandomWeights
 from flashformer.plan.plan import PlanOptions
-from flashformer.serve import bench as bench_module
-from flashformer.serve.benchmark.cases import Case, make_cases, parse_numbers
+from flashformer.serve.benchmark import run as run_module
+from flashformer.serve.benchmark.cases import Case, make_cases, parse_numbers, slot_positions
 from flashformer.serve.benchmark.checks import run_checks
 from flashformer.serve.benchmark.measure import Measured, measure
 from flashformer.serve.benchmark.report import make_row
-from flashformer.serve.benchmark.steps import Steps
+from flashformer.serve.benchmark.steps import Run, Steps
 
 ROW_FIELDS = {
     "test",
@@ -55,6 +55,9 @@ def backend(tmp_path_factory):
 @pytest.fixture
 def cli(capsys, monkeypatch, tmp_path):
     return CommandLine(capsys, monkeypatch, tmp_path / "cache")
+
+
+ONE = Run(1.0, np.zeros((1, 1), np.int32))
 
 
 class Broken:
@@ -115,7 +118,7 @@ def test_a_wrong_backend_fails_the_check_that_is_meant_for_it(backend, spoil, fa
 
 
 def test_a_failed_check_ends_with_1_and_no_speed(cli, monkeypatch):
-    opened = bench_module.open_backend
+    opened = run_module.open_backend
 
     class BrokenCpu(Broken):
         def read_bandwidth(self, seconds=0.1, *, own_image=False):
@@ -125,7 +128,7 @@ def test_a_failed_check_ends_with_1_and_no_speed(cli, monkeypatch):
             self._backend.close()
 
     monkeypatch.setattr(
-        bench_module, "open_backend", lambda *a, **k: BrokenCpu(opened(*a, **k), spoil_with_nan)
+        run_module, "open_backend", lambda *a, **k: BrokenCpu(opened(*a, **k), spoil_with_nan)
     )
     ended = cli("bench", "--device", "reference", "-p", 8, "-n", 2, "-r", 1)
     assert "logits_finite" in ended.error(1)
@@ -138,7 +141,7 @@ def test_rounds_go_through_all_cases_in_turn_and_read_memory_before_each(backend
     order = []
     steps = Steps.of(backend)
     cases = make_cases([4], [2], [0], [1, 2])
-    monkeypatch.setattr(Steps, "run", lambda self, case: order.append(case) or 1.0)
+    monkeypatch.setattr(Steps, "run", lambda self, case: order.append(case) or ONE)
     measured = measure(steps, cases, 3, lambda: order.append("read") or 7.0, lambda *_: None)
     warm_up, rounds = order[: len(cases)], order[len(cases) :]
     assert [case.kind for case in warm_up] == ["pp", "tg", "tg"]
@@ -159,7 +162,7 @@ def test_decoding_goes_on_at_the_depth_with_the_tokens_that_the_model_chose(back
             return result
 
     watched = Steps(Watched(backend, None), steps.page_table)
-    watched.fill(6, 2, lambda *_: None)
+    watched.fill([6, 6], lambda *_: None)
     filled = len(seen)
     watched.run(Case("tg", 4, 6, 2))
     decoded = seen[filled:]
@@ -178,7 +181,7 @@ def test_slots_have_pages_of_their_own(backend):
 def test_a_row_counts_the_plan_s_bytes_and_divides_by_the_median_time(backend):
     plan = backend.plan
     case = Case("tg", 4, 10, 2)
-    measured = Measured([10.0, 20.0, 30.0], {case: [0.4, 0.1, 0.2]})
+    measured = Measured([10.0, 20.0, 30.0], {case: [0.4, 0.1, 0.2]}, tokens_equal=True)
     row = make_row(case, plan, measured)
     assert row.samples == [20.0, 80.0, 40.0]
     assert (row.tok_s, row.tok_s_spread) == (40.0, 30.0)
@@ -192,7 +195,7 @@ def test_a_row_counts_the_plan_s_bytes_and_divides_by_the_median_time(backend):
 def test_a_prompt_of_several_chunks_is_several_steps(backend):
     chunk = backend.plan.machine.max_rows
     case = Case("pp", chunk + 6, 0, 1)
-    row = make_row(case, backend.plan, Measured([1.0], {case: [0.3]}))
+    row = make_row(case, backend.plan, Measured([1.0], {case: [0.3]}, tokens_equal=True))
     assert row.ms_per_step == pytest.approx(150.0)
     assert row.tok_s == pytest.approx((chunk + 6) / 0.3)
 
@@ -201,14 +204,40 @@ def test_chunks_of_a_prompt_end_at_multiples_of_its_rows():
     backend = FakeBackend(fake_plan(context=64, prompt_rows=16))
     case = Case("pp", 30, 10, 1)  # 6, 16 and 8 rows
 
-    assert make_row(case, backend.plan, Measured([1.0], {case: [0.3]})).ms_per_step == (
-        pytest.approx(100.0)
-    )
+    assert make_row(
+        case, backend.plan, Measured([1.0], {case: [0.3]}, tokens_equal=True)
+    ).ms_per_step == (pytest.approx(100.0))
     Steps.of(backend).prompt(0, 0, np.zeros(10, np.int32), want_logits=False)
     result = Steps.of(backend).prompt(0, 10, np.zeros(30, np.int32))
 
     assert [len(rows) for rows in backend.batches] == [10, 6, 16, 8]
     assert len(result.logits) == 1
+
+
+def test_slots_that_need_fewer_positions_get_fewer_pages(backend):
+    cases = [Case("tg", 4, 60, 1), Case("tg", 4, 10, 2)]
+    assert slot_positions(cases) == [64, 14]
+    table = Steps.of(backend, [64, 14]).page_table
+    assert [list(row) for row in table] == [[0, 1, 2, 3], [4, -1, -1, -1]]
+
+
+def test_rounds_that_choose_other_tokens_are_noticed(backend, monkeypatch):
+    steps = Steps.of(backend)
+    case = Case("tg", 3, 5, 2)
+    assert measure(steps, [case], 3, lambda: 1.0, lambda *_: None).tokens_equal
+    runs = iter(range(10))
+    monkeypatch.setattr(
+        Steps, "run", lambda self, case: Run(1.0, np.full((3, 2), next(runs) // 3, np.int32))
+    )
+    assert not measure(steps, [case], 3, lambda: 1.0, lambda *_: None).tokens_equal
+
+
+def test_deeper_cases_do_not_depend_on_what_shallow_ones_leave_behind(backend):
+    steps = Steps.of(backend)
+    cases = [Case("tg", 4, 40, 1), Case("tg", 9, 0, 1), Case("pp", 5, 0, 1), Case("pp", 5, 40, 1)]
+    measured = measure(steps, cases, 3, lambda: 1.0, lambda *_: None)
+    assert measured.tokens_equal
+    assert set(measured.seconds) == set(cases)
 
 
 def test_lists_of_numbers_are_read_or_refused():
@@ -247,10 +276,10 @@ def test_the_other_forms_hold_the_same_rows(cli, monkeypatch):
     case = Case("tg", 4, 10, 2)
 
     def measured(steps, cases, repeats, read, progress):
-        return Measured([10.0], {case: [0.1] for case in cases})
+        return Measured([10.0], {case: [0.1] for case in cases}, tokens_equal=True)
 
-    monkeypatch.setattr(bench_module, "measure", measured)
-    monkeypatch.setattr(bench_module, "ReadsMemory", object)
+    monkeypatch.setattr(run_module, "measure", measured)
+    monkeypatch.setattr(run_module, "ReadsMemory", object)
     monkeypatch.setattr(
         "flashformer.backends.reference.ReferenceBackend.read_bandwidth", None, raising=False
     )

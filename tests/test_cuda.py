@@ -7,11 +7,12 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import VARIANTS
 from flashformer.backends import open_backend
-from flashformer.backends.base import StepBatch
+from flashformer.backends.base import DecodeRow, StepBatch
 from flashformer.errors import UnsupportedModelError
 from flashformer.model.checkpoint import Checkpoint
+from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
-from flashformer.model.weights import CheckpointWeights, RandomWeights
+from flashformer.model.weights import AnyWeights, CheckpointWeights, RandomWeights
 from flashformer.plan.plan import PlanOptions
 
 pytestmark = pytest.mark.gpu
@@ -77,6 +78,19 @@ def head_dim(variant):
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if head_dim(v) % 8 != 0])
+def test_every_token_of_a_launch_has_a_time_and_is_the_one_that_an_iterator_gives():
+    config = {**SHAPES["smollm2-135m"], "num_hidden_layers": 2}
+    backend = open_cuda(ModelSpec.from_hf(config), AnyWeights(ModelSpec.from_hf(config)), 128)
+    rows, table = [DecodeRow(11, 0, 0)], table_of(backend, 128)
+    expected = list(backend.launch(rows, table, 60))
+    times = backend.token_times(rows, table, 60)
+    again = list(backend.launch(rows, table, 60))
+    backend.close()
+    assert len(times) == len(expected) == 60
+    assert (np.diff(times) > 0).all()
+    assert np.array_equal(expected, again)
+
+
 def test_heads_that_are_no_whole_packets_are_refused(checkpoint, variant):
     with pytest.raises(UnsupportedModelError, match="head_dim"):
         open_variant(checkpoint, variant)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from checkpoints import LLAMA, LONGROPE, PHI3, QWEN3
+from flashformer.backends.cuda.random_image import random_image
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.machine import Machine
 from flashformer.plan.plan import PlanOptions, make_plan
-from prefill import random_image
 from prefill_checks import ALLOWED, divergence, twin_logits
 from test_prefill import ids_of, prefill
 

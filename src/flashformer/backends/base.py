@@ -149,6 +149,17 @@ class DecodesMany(Protocol):
         ...
 
 
+@runtime_checkable
+class TimesTokens(Protocol):
+    """A backend that can say when each token of a launch reached the host."""
+
+    def token_times(
+        self, rows: Sequence[DecodeRow], page_table: Int32, num_steps: int
+    ) -> list[int]:
+        """Run a launch: ns of `time.perf_counter_ns` at each token; fewer if it ends early."""
+        ...
+
+
 class Timed(Backend, Protocol):
     """A backend whose kernel writes down what it does when."""
 

@@ -201,6 +201,12 @@ class RandomWeights:
         """Nothing to give back: the block serves every tensor."""
 
 
+class AnyWeights(RandomWeights):
+    """Random weights of which only the speed is asked: a backend may make others of its own."""
+
+    __slots__ = ()
+
+
 def _every_role(spec: ModelSpec) -> list[tuple[int, str]]:
     layers = [(i, role) for i, layer in enumerate(spec.layers) for role in layer_roles(layer)]
     return [(-1, role) for role in model_roles(spec)] + layers

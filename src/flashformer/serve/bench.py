@@ -3,33 +3,37 @@
 MODEL or a shape -> table, or JSON with all samples
 """
 
+import json
 import os
 import sys
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
 
-from flashformer.backends import machine_of, open_backend
-from flashformer.errors import FlashFormerError, UsageError
+from flashformer.backends import machine_of
+from flashformer.errors import UsageError
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
-from flashformer.model.weights import CheckpointWeights, RandomWeights, WeightSource
-from flashformer.plan.plan import PlanOptions, make_plan
 from flashformer.quant.formats import FORMATS
 from flashformer.serve import options
-from flashformer.serve.benchmark.cases import Case, make_cases, parse_numbers
-from flashformer.serve.benchmark.checks import PROMPT_TOKENS, Checks, run_checks
-from flashformer.serve.benchmark.measure import Measured, measure
+from flashformer.serve.benchmark import suite as suites
+from flashformer.serve.benchmark.cases import make_cases, parse_numbers
 from flashformer.serve.benchmark.provenance import provenance, system
-from flashformer.serve.benchmark.report import OUTPUTS, Row, csv_text, jsonl_text, make_row, table
-from flashformer.serve.benchmark.steps import Steps
+from flashformer.serve.benchmark.report import OUTPUTS, csv_text, jsonl_text, table
+from flashformer.serve.benchmark.run import (
+    Model,
+    Result,
+    Setup,
+    check_and_measure,
+    find_model,
+    opened,
+)
+from flashformer.serve.benchmark.targets import SUITES, targets_of
 from flashformer.serve.inspect import num_parameters
-from flashformer.serve.load import open_checkpoint
-from flashformer.serve.speed import ReadsMemory
-from flashformer.serve.terminal import Terminal, write_json
+from flashformer.serve.terminal import Terminal, finite, write_json
 
 Shape = Annotated[
     str | None,
@@ -45,27 +49,16 @@ Formats = Annotated[
     typer.Option("--quant", help="Weight formats: " + ", ".join(FORMATS) + ". Default: as stored."),
 ]
 Output = Annotated[str, typer.Option("-o", "--output", help=" or ".join(OUTPUTS))]
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What is measured."""
-
-    name: str
-    spec: ModelSpec
-    weights: WeightSource
-    stored_format: str
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One weight format: the checks, the speeds, the machine."""
-
-    image_bytes: int
-    backend: str
-    checks: Checks
-    read_gb_s: list[float]
-    rows: list[Row]
+Suite = Annotated[
+    str | None,
+    typer.Option(help="A table of models and targets in place of one model: " + ", ".join(SUITES)),
+]
+Only = Annotated[
+    str | None, typer.Option(help="Rows of the suite, with commas and *: 8b-bf16-*,1b-bf16-c32.")
+]
+Save = Annotated[
+    Path | None, typer.Option(help="The result file; of a suite, written after every model.")
+]
 
 
 def bench(
@@ -80,6 +73,9 @@ def bench(
     device: options.Device = "auto",
     threads: options.Threads = None,
     output: Output = "md",
+    suite: Suite = None,
+    only: Only = None,
+    save: Save = None,
     commit: options.Commit = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -88,6 +84,12 @@ def bench(
     """Measure prompts and decoding, and say which share of the machine's bandwidth they reach."""
     if output not in OUTPUTS:
         raise UsageError(f"-o takes {', '.join(OUTPUTS)}, not {output!r}")
+    where_from = provenance(commit)
+    as_json = as_json or output == "json"
+    if suite is not None:
+        if model is not None or model_shape is not None or output in ("csv", "jsonl"):
+            raise UsageError("--suite has models of its own and prints md or json")
+        return run_suite(suite, only, save, repeats, device, where_from, as_json, quiet)
     cases = make_cases(
         parse_numbers("-p", prompts),
         parse_numbers("-n", generations),
@@ -95,80 +97,65 @@ def bench(
         parse_numbers("-b", batches),
     )
     with Terminal(quiet=quiet) as terminal:
-        where_from = provenance(commit)
         found = find_model(model, model_shape)
         machine = {**machine_json(device, found.spec, threads), **system()}
-        names = quant.split(",") if quant else [found.stored_format]
-        results = [run_format(found, n, cases, repeats, device, threads, terminal) for n in names]
+        results = []
+        for name in quant.split(",") if quant else [found.stored_format]:
+            setup = Setup(name, name, tuple(cases), repeats, device, threads)
+            with opened(found, setup, terminal) as steps:
+                results.append(check_and_measure(steps, setup, terminal))
     document = {**where_from, **to_json(found, machine, results)}
-    if as_json or output == "json":
+    if save is not None:
+        write_file(save, document)
+    if as_json:
         write_json(document)
     else:
         sys.stdout.write(to_text(found, document, results, output) + "\n")
 
 
-def find_model(model: str | None, shape: str | None) -> Model:
-    """A checkpoint, random weights of a shape, or the embedded default."""
-    if shape is None:
-        checkpoint = open_checkpoint(model)
-        spec = ModelSpec.from_hf(checkpoint.config, checkpoint.generation_config)
-        stored = CheckpointWeights(checkpoint, spec)
-        return Model(checkpoint.folder.name, spec, stored, stored.dtype)
-    if model is not None:
-        raise UsageError("give a model or --model-shape, not both")
-    if shape not in SHAPES:
-        raise UsageError(f"--model-shape takes {', '.join(SHAPES)}, not {shape!r}")
-    spec = ModelSpec.from_hf(SHAPES[shape])
-    return Model(f"{shape} (random)", spec, RandomWeights(spec), "bf16")
-
-
-def run_format(
-    model: Model,
-    weight_format: str,
-    cases: list[Case],
+def run_suite(
+    suite: str,
+    only: str | None,
+    save: Path | None,
     repeats: int,
     device: str,
-    threads: int | None,
-    terminal: Terminal,
-) -> Result:
-    """Check, then measure every case in one weight format."""
-    plan_options = PlanOptions(
-        format=weight_format,
-        head_format=weight_format,
-        context=max(PROMPT_TOKENS + 1, *(case.context for case in cases)),
-        max_batch=max(case.batch for case in cases),
-    )
-    machine = machine_of(device, model.spec, threads)
-    plan = make_plan(model.spec, machine, plan_options)
-    pages = -(-plan_options.context // machine.page_tokens) * plan_options.max_batch
-    backend = open_backend(
-        device,
-        plan.spec,
-        model.weights,
-        plan_options,
-        num_pages=pages,
-        threads=threads,
-        progress=terminal.progress,
-    )
-    terminal.clear()
-    with closing(backend):
-        if not isinstance(backend, ReadsMemory):
-            raise UsageError(f"bench cannot measure the memory of device {machine.kind}; use cpu")
-        steps = Steps.of(backend)
-        checks = run_checks(steps, plan_options.max_batch)
-        if not checks.passed:
-            raise FlashFormerError(
-                f"the {weight_format} kernel fails the checks {', '.join(checks.failed())}, so no "
-                "speed is reported; please report this"
-            )
-        measured: Measured = measure(
-            steps, cases, repeats, backend.read_bandwidth, terminal.progress
-        )
-        terminal.clear()
-    rows = [make_row(case, plan, measured) for case in cases]
-    workers = "threads" if machine.kind == "cpu" else "CTAs"
-    kind = f"{machine.kind} {machine.arch}, {machine.num_ctas} {workers}"
-    return Result(plan.image_bytes, kind, checks, measured.read_gb_s, rows)
+    where_from: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure a suite; its rows are told and saved as they come. Exits with 1 if a model failed."""
+    targets = targets_of(suite, only)
+    machine = machine_of(device, find_model(None, targets[0].loaded.shape).spec)
+    document = {
+        "schema": 1,
+        "kind": "suite",
+        **where_from,
+        "suite": suite,
+        "gpu": {"name": machine.name, "arch": machine.arch},
+        "system": system(),
+        "models": [],
+    }
+    outcomes: list[suites.Outcome] = []
+    with Terminal(quiet=quiet) as terminal:
+        for outcome in suites.run_suite(targets, repeats, device, terminal):
+            outcomes.append(outcome)
+            for told in suites.table([outcome]).splitlines()[2:]:
+                terminal.note(told)
+            document["models"] = [asdict(o) for o in outcomes]
+            if save is not None:
+                write_file(save, document)
+    if as_json:
+        write_json(document)
+    else:
+        sys.stdout.write(suites.table(outcomes) + "\n")
+    if any(outcome.failed for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def write_file(path: Path, document: dict[str, Any]) -> None:
+    """A result file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite(document), indent=1, ensure_ascii=False) + "\n")
 
 
 def machine_json(device: str, spec: ModelSpec, threads: int | None) -> dict[str, Any]:

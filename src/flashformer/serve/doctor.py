@@ -11,7 +11,8 @@ import typer
 from flashformer.backends import gpu_bandwidth, gpu_fit
 from flashformer.errors import FlashFormerError
 from flashformer.serve import options
-from flashformer.serve.bench import Model, Shape, find_model
+from flashformer.serve.bench import Shape
+from flashformer.serve.benchmark.run import Model, find_model
 from flashformer.serve.cache import size_text
 from flashformer.serve.failure import EXIT_OK, EXIT_RUNTIME
 from flashformer.serve.findings import Finding, all_findings

@@ -20,9 +20,10 @@ from flashformer.errors import UsageError
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import PlanOptions
 from flashformer.serve import options
-from flashformer.serve.bench import Shape, find_model
+from flashformer.serve.bench import Shape
 from flashformer.serve.benchmark.cases import Case
 from flashformer.serve.benchmark.provenance import provenance
+from flashformer.serve.benchmark.run import find_model
 from flashformer.serve.benchmark.steps import Steps
 from flashformer.serve.benchmark.timeline import (
     Slice,
@@ -82,7 +83,7 @@ def profile(
         with closing(backend):
             steps = Steps.of(backend)
             if depth:
-                steps.fill(depth, batch, terminal.progress)
+                steps.fill([depth] * batch, terminal.progress)
             for _ in range(2):  # the second finds the kernel and the page table in place
                 steps.run(case)
             slices = whole_steps(slices_of(backend.timeline()))

@@ -182,6 +182,12 @@ class CudaBackend:
         """Start drawing `num_steps` tokens of each row; see `DecodesMany`."""
         return self._depart(rows, page_table, num_steps)
 
+    def token_times(
+        self, rows: Sequence[DecodeRow], page_table: Int32, num_steps: int
+    ) -> list[int]:
+        """See `TimesTokens`."""
+        return self._depart(rows, page_table, num_steps).arrivals()
+
     def _depart(
         self,
         rows: Sequence[DecodeRow],

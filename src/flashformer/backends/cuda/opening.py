@@ -15,11 +15,12 @@ from flashformer.backends.cuda.memory import (
     past_bytes_per_token,
     require_gpu_memory,
 )
+from flashformer.backends.cuda.random_image import random_image
 from flashformer.codegen.cache import load_image
 from flashformer.codegen.instruments import NONE, Instruments
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
-from flashformer.model.weights import WeightSource
+from flashformer.model.weights import AnyWeights, WeightSource
 from flashformer.plan.plan import PlanOptions, make_plan
 
 
@@ -34,6 +35,8 @@ def open_cuda(
 ) -> "CudaBackend":
     """Plan for the first GPU, pack or read the image, compile, and move in.
 
+    `AnyWeights` are made on the GPU.
+
     float32 weights are stored as bf16: the tensor cores multiply 16 bits. Raises
     `OutOfMemoryError` before anything is allocated, and what planning and compiling raise.
     """
@@ -45,6 +48,8 @@ def open_cuda(
     plan = make_plan(spec, cuda_machine(spec), options)
     check(driver.cuInit(0))
     require_gpu_memory(plan, num_pages, torch.cuda.mem_get_info(0)[0])
+    if isinstance(weights, AnyWeights):
+        return CudaBackend(plan, random_image(plan, torch.device("cuda")), num_pages, instruments)
     image = load_image(plan, weights, progress=progress)
     return CudaBackend(plan, image, num_pages, instruments)
 

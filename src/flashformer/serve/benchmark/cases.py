@@ -3,6 +3,7 @@
 prompt lengths x generation lengths x depths x batches -> cases
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashformer.errors import UsageError
@@ -29,6 +30,14 @@ class Case:
     def context(self) -> int:
         """Positions that a sequence needs."""
         return self.depth + self.tokens
+
+
+def slot_positions(cases: Sequence[Case]) -> list[int]:
+    """Positions that each sequence of the largest batch needs."""
+    return [
+        max(case.context for case in cases if case.batch > slot)
+        for slot in range(max(case.batch for case in cases))
+    ]
 
 
 def make_cases(

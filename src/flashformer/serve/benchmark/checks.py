@@ -3,14 +3,16 @@
 Steps -> `Checks`
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from flashformer.backends.base import Float32
+from flashformer.serve.benchmark.cases import Case
 from flashformer.serve.benchmark.steps import Steps, copied
 
 PROMPT_TOKENS = 12
+COMPARED_TOKENS = 32
 # Of the logits' spread. float32 sums over `hidden_size` terms differ far below 1 %. Activations of
 # 16 bits round by 2^-9; on random weights of a 1B shape that moves logits by 1.3 % (root mean
 # square), and the largest of 128k such differences lies five deviations out.
@@ -26,6 +28,7 @@ class Checks:
     repeat_bit_equal: bool  # the same step twice gives the same bits
     prompt_equals_decode: bool  # a prompt in one chunk = the same tokens one by one, to rounding
     batch_row_equals_alone: bool  # row b of a batch = the same sequence alone, bit by bit
+    rounds_choose_equal_tokens: bool = True  # known after measuring
 
     @property
     def passed(self) -> bool:
@@ -65,6 +68,17 @@ def run_checks(steps: Steps, batch: int) -> Checks:
         repeat_bit_equal=_same_bits(together, again),
         prompt_equals_decode=bool(np.max(np.abs(chunk - together[0])) <= rounding * spread),
         batch_row_equals_alone=_same_bits(together, np.concatenate(alone)),
+    )
+
+
+def batch_chooses_as_alone(steps: Steps, case: Case) -> bool:
+    """Whether the sequences of a batch go on as each of them alone does, for a few tokens."""
+    case = replace(case, tokens=min(case.tokens, COMPARED_TOKENS))
+    slots = np.arange(case.batch, dtype=np.int32)
+    together = np.array(list(steps.generate(case, slots)))
+    return all(
+        np.array_equal(list(steps.generate(case, slots[i : i + 1])), together[:, i : i + 1])
+        for i in range(case.batch)
     )
 
 
