@@ -1,5 +1,6 @@
 """The CPU backend computes what the reference computes, stage by stage, always with equal bits."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -238,6 +239,21 @@ def test_every_path_that_this_processor_has_gives_the_same_results(
         check_stages(backend, batch_of(rows_of(ids_of(rows, rows), 1)))
     rows = rows_of(ids_of(100), 0)
     assert np.array_equal(feed(backend, rows, 7), feed(backend, rows))
+
+
+def test_the_times_of_the_stages_are_parts_of_the_step(open_backend):
+    backend = open_backend("int4", "int8")
+    for rows in (1, 30, 2):
+        batch = batch_of(rows_of(ids_of(rows), 0))
+        began = time.perf_counter()
+        backend.step(batch)
+        whole = time.perf_counter() - began
+        times = backend.stage_seconds()
+        assert list(times) == list(dict.fromkeys(stage.name for stage in backend.plan.stages))
+        assert all(seconds >= 0 for seconds in times.values())
+        assert times["gate_up"] > 0
+        assert times["lm_head"] > 0
+        assert sum(times.values()) <= whole
 
 
 def test_only_the_wanted_rows_have_logits(open_backend):

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from flashformer.serve.protocol.chat import ChatCompletions
+from flashformer.serve.protocol.completions import Completions
 from flashformer.serve.protocol.messages import Messages
 from flashformer.serve.protocol.responses import Responses
 from flashformer.serve.server.endpoint import RequestError
@@ -179,3 +180,17 @@ def test_why_an_answer_ended(finish, stop_reason, chat, message):
     client = client_of(anthropic.Anthropic, Messages(), events)
     whole = client.messages.create(model="m", max_tokens=9, messages=CHAT)
     assert (whole.stop_reason, whole.stop_sequence) == message
+
+
+def test_a_stream_of_either_api_has_the_usage_in_every_chunk_if_it_was_asked_for():
+    wanted = {"include_usage": True, "continuous_usage_stats": True}
+    for endpoint, body in (
+        (ChatCompletions(), {"messages": CHAT}),
+        (Completions(), {"prompt": "x"}),
+    ):
+        request = {**body, "stream": True, "stream_options": wanted}
+        _, text = answer(endpoint, request, list(events_of("hello you")))
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk["choices"]]
+        assert counts == sorted(counts)
+        assert counts[-1] == chunks[-1]["usage"]["completion_tokens"] == 4

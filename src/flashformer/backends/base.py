@@ -160,6 +160,15 @@ class TimesTokens(Protocol):
         ...
 
 
+@runtime_checkable
+class TimesStages(Protocol):
+    """A backend that knows how long each stage of its last step took."""
+
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Seconds of the last whole step by stage, in the plan's order; its layers together."""
+        ...
+
+
 class Timed(Backend, Protocol):
     """A backend whose kernel writes down what it does when."""
 

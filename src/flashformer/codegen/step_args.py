@@ -14,6 +14,7 @@ STEP_ARGS = (
     pointer("logit_rows", "const int", "[num_logit_rows], ascending"),
     pointer("logits", "float", "[num_logit_rows][vocab_size], written"),
     pointer("argmax", "int", "[num_logit_rows], written"),
+    pointer("stage_times", "long long", "[num_ctas][1 + stages] ns, written"),
     integer("num_rows", "tokens of this step"),
     integer("num_logit_rows", "rows whose logits are wanted"),
     integer("max_pages", "columns of page_table"),

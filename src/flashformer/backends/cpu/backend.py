@@ -48,6 +48,7 @@ class CpuBackend:
         self._read_test: npt.NDArray[np.uint8] | None = None
         self._logits = np.empty((0, plan.spec.vocab_size), np.float32)
         self._argmax = np.empty(plan.machine.max_rows, np.int32)
+        self._stage_times = np.zeros((plan.machine.num_ctas, 1 + len(plan.stages)), np.int64)
         self._library = _load(compile_kernel(plan))
         self._decoder: int | None = self._library.decoder_open()
         if not self._decoder:
@@ -82,6 +83,7 @@ class CpuBackend:
             self._image.ctypes.data,
             self._open_kv().ctypes.data,
             *(a.ctypes.data for a in (*arrays, logit_rows, *results)),
+            self._stage_times.ctypes.data,
             len(arrays[0]),
             wanted,
             table.shape[1],
@@ -90,6 +92,17 @@ class CpuBackend:
         )
         self._library.decoder_step(self._decoder, ctypes.byref(args))
         return StepResult(self._logits[:wanted], self._argmax[:wanted])
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of the last whole step by stage, in the plan's order; its layers together.
+
+        A stage ends when its last CTA has done its part.
+        """
+        ends = self._stage_times.max(axis=0)
+        seconds: dict[str, float] = {}
+        for stage, nanoseconds in zip(self._plan.stages, np.diff(ends), strict=True):
+            seconds[stage.name] = seconds.get(stage.name, 0.0) + 1e-9 * float(nanoseconds)
+        return seconds
 
     def buffer(self, name: str, rows: int, width: int) -> Float32:
         """A copy of a buffer as the last step left it: [rows, width]; name as in `BUFFERS`."""

@@ -35,6 +35,7 @@ class CompletionHeader:
     scoring: bool  # the prompt alone is wanted
     shows_prompt_logprobs: bool
     include_usage: bool
+    usage_always: bool
     bos_token_id: int | None
 
 
@@ -160,7 +161,9 @@ class CompletionAnswer:
             "finish_reason": finish,
         }
         chunk = {**self._head(), "choices": [choice]}
-        if self._header.include_usage:
+        if self._header.usage_always:
+            chunk["usage"] = self._usage()
+        elif self._header.include_usage:
             chunk["usage"] = None
         return event(chunk)
 

@@ -139,6 +139,7 @@ def _asked(values: Values, info: ModelInfo) -> Asked:
         scoring=scoring,
         shows_prompt_logprobs=values["prompt_logprobs"] is not None,
         include_usage=values["stream_options"].get("include_usage", False),
+        usage_always=values["stream_options"].get("continuous_usage_stats", False),
         bos_token_id=info.bos_token_id,
     )
     special = values["add_special_tokens"]

@@ -100,6 +100,11 @@ class EngineClient:
         return self._ready.info
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether `info` is known."""
+        return self._ready is not None
+
+    @property
     def state(self) -> str:
         """One of: loading, ready, restarting, down, draining, closed."""
         ready = self._supervisor.state == "ready"
@@ -201,12 +206,10 @@ class EngineClient:
             for key, tokens, prompt_tokens in self._recorder.usage.slots
             if key in self._open
         )
-        info = None if self._ready is None else self._ready.info
         return self._recorder.sum_up(
             state=self.state,
             slots=slots,
-            max_batch=0 if info is None else info.max_batch,
-            num_pages=0 if info is None else info.num_pages,
+            info=None if self._ready is None else self._ready.info,
             restarts=self._supervisor.num_restarts,
         )
 
@@ -337,7 +340,7 @@ class EngineClient:
             self._on_usage(step.usage)
 
     def _on_usage(self, usage: wire.Usage) -> None:
-        self._recorder.usage = usage
+        self._recorder.note_usage(usage)
         self.metrics.on_usage(usage, self.info.num_pages)
 
     def _on_event(self, flight: Flight, event: GenerateEvent, now: float) -> None:

@@ -31,7 +31,8 @@ from flashformer.serve.server.settings import ServeOptions
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+# The page holds nothing of the server; it asks for the key and sends it along.
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 _SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -112,7 +113,7 @@ class Guard:
                 401,
                 "a valid API key is needed: Authorization: Bearer KEY.",
                 code="invalid_api_key",
-                headers=[(b"www-authenticate", b'Basic realm="FlashFormer", Bearer')],
+                headers=[(b"www-authenticate", _challenge(headers))],
             )
         if scope["method"] == "POST":
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -165,6 +166,12 @@ def _given_key(headers: dict[bytes, bytes]) -> bytes:
         except (binascii.Error, ValueError):
             return b""
     return headers.get(b"x-api-key", b"")
+
+
+def _challenge(headers: dict[bytes, bytes]) -> bytes:
+    """A browser's password dialog is for addresses that a person opens, not for a page's calls."""
+    opened = headers.get(b"sec-fetch-mode", b"navigate") == b"navigate"
+    return b'Basic realm="FlashFormer", Bearer' if opened else b"Bearer"
 
 
 def _digest(key: bytes) -> bytes:

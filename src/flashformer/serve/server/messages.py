@@ -72,11 +72,12 @@ class ModelInfo:
     num_pages: int
     page_tokens: int
     fingerprint: str  # of version, model, plan: changes when answers may change
-    stages: tuple[Mapping[str, Any], ...] = ()  # name, count, bytes: the token's way, for the page
+    stages: tuple[tuple[str, int], ...] = ()  # name and bytes of weights, in a token's order
     # Requests that leave a field out get the value of these (names of `SamplingParams`).
     default_params: Mapping[str, Any] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    is_embedded: bool = False  # the default model of the package
     has_tokenizer: bool = True
     has_chat_template: bool = False
     chat_template: str = ""  # its source, which shows how the model writes calls and reasoning

@@ -23,6 +23,8 @@ from flashformer.serve.server.endpoint import Endpoint, RequestError
 from flashformer.serve.server.errors import problem_of, send_problem
 from flashformer.serve.server.exchange import Exchange, Receive, Scope, Send, Ticker
 from flashformer.serve.server.generation import Generation, token_ids_of
+from flashformer.serve.server.live import model_card
+from flashformer.serve.server.page import document
 
 # What generates, by path.
 ENDPOINTS: Mapping[str, Endpoint] = {
@@ -58,6 +60,7 @@ def make_routes(
     """The whole API; `endpoints` are those that generate, by path."""
     small = Small(client, ticker)
     get: dict[str, Answer] = {
+        "/": small.page,
         "/health": small.health,
         "/ready": small.ready,
         "/version": small.version,
@@ -86,6 +89,11 @@ class Small:
         self._client = client
         self._ticker = ticker
 
+    async def page(self, exchange: Exchange) -> None:
+        """For people."""
+        page = document()
+        await exchange.send_bytes(200, page.content, page.headers)
+
     async def health(self, exchange: Exchange) -> None:
         """Whether a restart would help: 503 only if nothing else can."""
         dead = self._client.is_dead
@@ -108,13 +116,18 @@ class Small:
         await exchange.send_bytes(200, self._client.metrics.text(), [kind])
 
     async def live(self, exchange: Exchange) -> None:
-        """A picture of the machine four times a second, until the client leaves."""
+        """What the model is, then the machine four times a second until the client leaves."""
         exchange.streaming = True
         with self._ticker.watching(exchange):
             await exchange.run(self._pictures(exchange))
 
     async def _pictures(self, exchange: Exchange) -> None:
+        told = False  # what the model is
         while not self._client.draining:
+            if not told and self._client.is_loaded:
+                told = True
+                card = json.dumps(model_card(self._client.info))
+                await exchange.write(f"event: model\ndata: {card}\n\n")
             await exchange.write(f"data: {json.dumps(asdict(self._client.stats()))}\n\n")
             await asyncio.sleep(_LIVE_SECONDS)
         await exchange.end_stream()

@@ -79,6 +79,10 @@ class Usage(msgspec.Struct, tag="usage", array_like=True):
     num_waiting: int  # sequences without a slot
     pages_used: int
     pages_cached: int  # kept for their content, free to be taken
+    kv_step_bytes: int = 0  # keys and values that a step must read
+    # Of the last step, in the order of `ModelInfo.stages`; () where the backend keeps no times or
+    # the step read prompts.
+    stage_seconds: tuple[float, ...] = ()
 
 
 class Step(msgspec.Struct, tag="step", array_like=True):

@@ -17,6 +17,7 @@ from functools import lru_cache
 import msgspec
 
 from flashformer import __version__
+from flashformer.backends.base import TimesStages
 from flashformer.engine.constraint import Constraint
 from flashformer.engine.engine import Engine
 from flashformer.engine.llm import LLM
@@ -45,6 +46,7 @@ class Worker:
     def __init__(self, channel: wire.Channel, llm: LLM, grammars: GrammarQueue) -> None:
         self._channel = channel
         self._engine: Engine = llm.engine
+        self._backend = llm.backend
         self._plan: Plan = llm.plan
         self._bytes_per_step = lru_cache(maxsize=4096)(self._plan.bytes_per_step)
         self._grammars = grammars
@@ -124,15 +126,16 @@ class Worker:
         started = {key for s in running if (key := self._key_of(s.request)) in self._not_started}
         started |= {key for key, _ in events if key in self._not_started}
         self._not_started -= started
+        num_rows = max(len(deltas), sum(s.num_computed for s in running) - computed)
         now = time.monotonic()
         usage = None
         if now - self._usage_told > _USAGE_SECONDS or not self._engine.has_work:
             self._usage_told = now
-            usage = self._usage()
+            usage = self._usage(only_decoded=num_rows == len(deltas))
         self._channel.send(
             wire.Step(
                 seconds=seconds,
-                num_rows=max(len(deltas), sum(s.num_computed for s in running) - computed),
+                num_rows=num_rows,
                 nbytes=self._bytes_of_step(deltas),
                 started=tuple(started),
                 events=events,
@@ -167,8 +170,12 @@ class Worker:
             client_fault=request.sequences[delta.index].constraint is not None,
         )
 
-    def _usage(self) -> wire.Usage:
+    def _usage(self, *, only_decoded: bool = False) -> wire.Usage:
         cache = self._engine.kv_cache
+        times: tuple[float, ...] = ()
+        if only_decoded and isinstance(self._backend, TimesStages):
+            times = tuple(self._backend.stage_seconds().values())
+        context, batch = self._mean_context()
         return wire.Usage(
             slots=tuple(
                 (self._key_of(s.request), s.num_computed, len(s.request.prompt_token_ids))
@@ -177,6 +184,8 @@ class Worker:
             num_waiting=self._engine.num_waiting,
             pages_used=cache.num_used,
             pages_cached=cache.num_cached,
+            kv_step_bytes=self._bytes_per_step(context, batch) - self._bytes_per_step(0, batch),
+            stage_seconds=times,
         )
 
     def _key_of(self, request: Request) -> int:
@@ -187,11 +196,14 @@ class Worker:
         tokens = Counter[tuple[Request, int]]()
         for delta in deltas:
             tokens[delta.request, delta.index] += len(delta.token_ids)
+        return self._bytes_per_step(*self._mean_context()) * max((1, *tokens.values()))
+
+    def _mean_context(self) -> tuple[int, int]:
+        """Of the running sequences, in whole pages, and how many they are."""
         lengths = [sequence.num_computed for sequence in self._engine.running]
         batch = max(1, len(lengths))
         page = self._plan.machine.page_tokens
-        context = -(-max(1, sum(lengths) // batch) // page) * page
-        return self._bytes_per_step(context, batch) * max((1, *tokens.values()))
+        return -(-max(1, sum(lengths) // batch) // page) * page, batch
 
     def _self_test(self) -> int:
         """The greedy token after the first of the vocabulary: the same for ever."""
@@ -224,7 +236,7 @@ def load(options: LoadOptions, channel: wire.Channel) -> LLM:
     )
 
 
-def describe(llm: LLM, name: str) -> ModelInfo:
+def describe(llm: LLM, name: str, *, is_embedded: bool) -> ModelInfo:
     """What clients may know of the model."""
     plan, defaults = llm.plan, llm.default_sampling_params
     memory = llm.memory_report()
@@ -250,6 +262,7 @@ def describe(llm: LLM, name: str) -> ModelInfo:
         },
         eos_token_ids=tuple(sorted(llm.engine.eos_token_ids)),
         bos_token_id=plan.spec.bos_token_id,
+        is_embedded=is_embedded,
         has_tokenizer=llm.tokenizer is not None,
         has_chat_template=bool(llm.chat_templates.templates),
         chat_template=_template_source(llm.chat_templates.templates),
@@ -261,12 +274,13 @@ def _template_source(templates: Mapping[str, str]) -> str:
     return templates.get("tool_use") or templates.get("default", "")
 
 
-def _stages(plan: Plan) -> tuple[dict[str, object], ...]:
-    """What a token reads of each kind of matrix, summed over the layers, in reading order."""
-    nbytes: dict[str, int] = {}
+def _stages(plan: Plan) -> tuple[tuple[str, int], ...]:
+    """The weights that a token reads in each stage, its layers together, in the plan's order."""
+    nbytes = dict.fromkeys((stage.name for stage in plan.stages), 0)
     for matrix in plan.matrices:
-        nbytes[matrix.name] = nbytes.get(matrix.name, 0) + matrix.nbytes
-    return tuple({"name": name, "bytes": count} for name, count in nbytes.items())
+        if matrix.name in nbytes:  # not an untied embedding, of which a token reads one row
+            nbytes[matrix.name] += matrix.nbytes
+    return tuple(nbytes.items())
 
 
 def main(argv: Sequence[str]) -> int:
@@ -295,7 +309,11 @@ def main(argv: Sequence[str]) -> int:
         )
         channel.send(
             wire.Ready(
-                describe(llm, argv[2] or options.model or DEFAULT_NAME),
+                describe(
+                    llm,
+                    argv[2] or options.model or DEFAULT_NAME,
+                    is_embedded=options.model is None,
+                ),
                 str(llm.checkpoint.folder),
                 sentence,
                 read_bandwidth(llm.backend),

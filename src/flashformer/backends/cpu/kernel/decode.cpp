@@ -1,6 +1,7 @@
 // One step through the whole model, and the functions that Python calls.
 #include <sys/mman.h>
 
+#include <chrono>
 #include <new>
 #include <system_error>
 
@@ -10,16 +11,29 @@
 #include "projections.h"
 #include "qkv.h"
 
+// A CTA's moments of a step: its start, and when it had done its part of each stage.
+constexpr int num_stages = 3 + 5 * config::num_layers;
+constexpr int num_moments = 1 + num_stages;
+
+// The steady clock in ns.
+static long long now() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // Every CTA runs this. A step that stops early (args.stop_after counts the plan's stages) leaves the
 // buffers as that stage wrote them.
 static void decode(Cta& cta, Step& step) {
   // Once the last sync has passed, the caller may have left and taken the arguments along.
   const int stop_after = step.args.stop_after;
   int stage = 0;
+  // Before the barrier: behind it a CTA may sleep on while the others are at the next stage.
+  const auto note_time = [&](int moment) { step.args.stage_times[cta.idx * num_moments + moment] = now(); };
   const auto ends = [&](Ahead next) {
+    note_time(stage + 1);
     cta.sync(next);
     return stage++ == stop_after;
   };
+  if (cta.idx == 0) note_time(0);
   embed(cta, step);
   if (ends({})) return;
   for (int i = 0; i < config::num_layers; ++i) {
@@ -36,8 +50,11 @@ static void decode(Cta& cta, Step& step) {
     if (ends(ahead_of(step, i + 1 < config::num_layers ? config::layers[i + 1].qkv : config::lm_head, cta))) return;
   }
   lm_head(cta, step);
-  cta.sync();
-  if (cta.idx == 0) sample(step);
+  ends({});
+  if (cta.idx == 0) {
+    sample(step);
+    note_time(num_stages);
+  }
 }
 
 // A team of threads with its buffers.
