@@ -1,19 +1,20 @@
 """Runs the tests of the CUDA kernel and the sanitizers on a GPU, and writes one result file.
 
 python benchmarks/verify.py -o benchmarks/results/verification/NAME.json
+python benchmarks/verify.py --merge PART.json PART.json -o ...: runs of the same sources
 python benchmarks/verify.py --compile -o ...: what the assembler says, without a GPU
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,19 @@ from flashformer.codegen.cuda_header import render_cuda
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import PlanOptions, make_plan
-from flashformer.serve.benchmark.provenance import provenance, system
+from flashformer.serve.benchmark.provenance import COMMIT_HELP, provenance, system
+from record_tests import UNFINISHED, read_tests
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TESTS = (
     *("tests/test_cuda_stages.py", "tests/test_cuda_safety.py", "tests/test_cuda.py"),
-    *("tests/test_prefill_ops.py", "tests/test_cuda_prefill.py"),
+    *("tests/test_cuda_sampling.py", "tests/test_prefill_ops.py", "tests/test_cuda_prefill.py"),
 )
+WRONG = ("failed", UNFINISHED)
+PYTEST_RAN = (0, 1, 5)  # all well, tests failed, no test was asked for
+WHOLE_FILE = "(the whole file)"
+VERSION_SECONDS = 60.0
 SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: (.*)$", re.MULTILINE)
 REPORT = re.compile(r"^========= (?!COMPUTE-SANITIZER)(\S.*)$", re.MULTILINE)
 KEPT_REPORTS = 20
@@ -47,31 +53,80 @@ MODELS = {name: SHAPES[name] for name in ("llama-3.2-1b", "llama-3.1-8b", "qwen3
 
 
 def main() -> None:
-    """Write the result file; exit 1 if anything failed."""
+    """Write the result file; exit 1 if anything failed or was not finished."""
+    arguments = parse_arguments()
+    if arguments.merge:
+        parts = [json.loads(path.read_text()) for path in arguments.merge]
+        raise SystemExit(finish(merged(parts), arguments.output))
+    where_from = provenance(arguments.commit)
+    if arguments.compile:
+        found = {"schema": 1, "kind": "compiled", **where_from, "compiled": run_compiles()}
+        write(arguments.output, found)
+        raise SystemExit(any(row["spill_bytes"] for row in found["compiled"]))
+    device = find_device()
+    machine = {"gpu": device.name, "arch": device.arch, "num_sms": device.num_sms, **system()}
+    found = {"schema": 1, "kind": "verification", **where_from, "machine": machine}
+    found |= {"tests": [], "tools": []}
+    ends = time.monotonic() + arguments.limit
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was found so far is written
+    try:
+        for file in names(arguments.tests):
+            run_tests(file, arguments.keyword, ends, found["tests"])
+            write(arguments.output, found)
+        for tool in run_tools(names(arguments.tools), ends):
+            found["tools"].append(tool)
+            write(arguments.output, found)
+    finally:
+        code = finish(found, arguments.output)
+    raise SystemExit(code)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--tools", default=",".join(TOOLS), help="sanitizers, with commas")
     parser.add_argument("--tests", default=",".join(TESTS), help="test files, with commas")
+    parser.add_argument("-k", "--keyword", default="", help="of the tests, as pytest takes it")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds, after which all ends")
+    parser.add_argument("--merge", type=Path, nargs="+", help="result files into one, no run")
     parser.add_argument("--compile", action="store_true", help="compile for every architecture")
-    arguments = parser.parse_args()
-    if arguments.compile:
-        found = {**provenance(), "compiled": run_compiles()}
-        write(arguments.output, {"schema": 1, "kind": "compiled", **found})
-        raise SystemExit(any(row["spill_bytes"] for row in found["compiled"]))
-    tests = run_tests(names(arguments.tests))
-    tools = run_tools(names(arguments.tools))
-    write(arguments.output, document(tests, tools))
-    failed = [t["name"] for t in tests if t["outcome"] == "failed"]
-    failed += [t["tool"] for t in tools if not t["clean"]]
-    clean = f"{len(tests)} tests and {len(tools)} sanitizers are content"
-    print(f"failed: {', '.join(failed)}" if failed else clean)
-    raise SystemExit(bool(failed))
+    parser.add_argument("--commit", help=COMMIT_HELP)
+    return parser.parse_args()
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several runs of the same sources on the same kind of GPU; later ones count."""
+    for key in ("tree", "kind"):
+        values = {part[key] for part in parts}
+        if len(values) != 1:
+            raise SystemExit(f"the files differ in {key}: {', '.join(sorted(values))}")
+    if len(gpus := {part["machine"]["gpu"] for part in parts}) != 1:
+        raise SystemExit(f"the files come from different GPUs: {', '.join(sorted(gpus))}")
+    tests = {(t["file"], t["name"]): t for part in parts for t in part["tests"]}
+    ran = {file for file, name in tests if name != WHOLE_FILE}
+    tests = {key: t for key, t in tests.items() if key[1] != WHOLE_FILE or key[0] not in ran}
+    tools = {tool["tool"]: tool for part in parts for tool in part["tools"]}
+    runs = [{key: part[key] for key in ("date", "command", "git", "machine")} for part in parts]
+    return {**parts[-1], "tests": list(tests.values()), "tools": list(tools.values()), "runs": runs}
+
+
+def finish(found: dict[str, Any], output: Path) -> int:
+    """Write the file, say what is wrong, and the exit code of that."""
+    write(output, found)
+    bad = [f"{t['name']} ({t['outcome']})" for t in found["tests"] if t["outcome"] in WRONG]
+    bad += [tool["tool"] for tool in found["tools"] if not tool["clean"]]
+    number = f"{len(found['tests'])} tests and {len(found['tools'])} sanitizers"
+    print(f"of {number} not content: {', '.join(bad)}" if bad else f"{number} are content")
+    return int(bool(bad))
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
-    """One result file."""
+    """One result file, whole at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.replace(path)
 
 
 def run_compiles() -> list[dict[str, Any]]:
@@ -94,97 +149,85 @@ def names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def document(tests: list[dict[str, Any]], tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """The result file."""
-    device = find_device()
-    found = provenance()
-    found["versions"] |= {
-        name: importlib.metadata.version(name) for name in ("cuda-bindings", "torch")
-    }
-    machine = {"gpu": device.name, "arch": device.arch, "num_sms": device.num_sms, **system()}
-    return {
-        "schema": 1,
-        "kind": "verification",
-        **found,
-        "machine": machine,
-        "tests": tests,
-        "tools": tools,
-    }
-
-
-def run_tests(files: list[str]) -> list[dict[str, Any]]:
-    """Name, outcome and seconds of every test."""
-    if not files:
-        return []
+def run_tests(file: str, keyword: str, ends: float, tests: list[dict[str, Any]]) -> None:
+    """Add name, outcome and seconds of every test of a file, also of those before it was killed."""
+    left = ends - time.monotonic()
+    if left <= 0:
+        tests.append(whole_file(file, UNFINISHED))
+        return
+    options = ["-m", "gpu", "-n0", "-p", "no:cacheprovider", "-p", "record_tests", "--tb=short"]
+    if keyword:
+        options += ["-k", keyword]
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        options = [
-            "-m",
-            "gpu",
-            "-p",
-            "no:cacheprovider",
-            "--tb=short",
-            f"--junitxml={report}",
-        ]
-        subprocess.run([sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, check=False)
-        cases = ElementTree.parse(report).getroot().iter("testcase")
-        return [
-            {
-                "name": case.attrib["name"],
-                "file": case.attrib["classname"].split(".")[-1],
-                "outcome": outcome(case),
-                "seconds": round(float(case.attrib["time"]), 2),
-            }
-            for case in cases
-        ]
+        lines = Path(folder) / "tests.jsonl"
+        environment = environ(RECORD_TESTS=str(lines))
+        command = [sys.executable, "-m", "pytest", *options, file]
+        try:
+            ended = subprocess.run(command, cwd=ROOT, check=False, env=environment, timeout=left)
+            wrong = ended.returncode not in PYTEST_RAN
+        except subprocess.TimeoutExpired:
+            wrong = False  # a test that did not finish says so itself
+        finally:
+            found = read_tests(lines)
+            tests += found
+        if wrong and all(test["outcome"] not in WRONG for test in found):
+            tests.append(whole_file(file, "failed"))
 
 
-def outcome(case: ElementTree.Element) -> str:
-    """passed, failed or skipped."""
-    kinds = {child.tag for child in case}
-    return (
-        "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-    )
+def whole_file(file: str, outcome: str) -> dict[str, Any]:
+    """An entry for a file none of whose tests says what went wrong."""
+    stem = Path(file.partition("::")[0]).stem
+    return {"name": WHOLE_FILE, "file": stem, "outcome": outcome, "seconds": 0.0}
 
 
-def run_tools(tools: list[str]) -> list[dict[str, Any]]:
+def environ(**more: str) -> dict[str, str]:
+    """The environment, with the package and the scripts of this tree."""
+    paths = (ROOT / "src", Path(__file__).parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **more}
+
+
+def run_tools(tools: list[str], ends: float) -> Iterator[dict[str, Any]]:
     """What each sanitizer says; the bits must be those of a run without one."""
-    if not tools:
-        return []
     program = [sys.executable, str(ROOT / "benchmarks" / "sanitized_run.py")]
-    expected = run(program).stdout.strip()
-    found = []
+    expected = run(program, ends).stdout.strip() if tools else ""
     for tool in tools:
         started = time.perf_counter()
-        ended = run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program])
+        watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
+        ended = run(watched, ends)
         text = ended.stdout + ended.stderr
         summary = SUMMARY.findall(text)
         equal = bool(expected) and expected in text
         reports = REPORT.findall(text)[:KEPT_REPORTS]
-        found.append(
-            {
-                "tool": tool,
-                "version": version(),
-                "clean": ended.returncode == 0 and equal and bool(summary),
-                "summary": summary[-1] if summary else text[-500:],
-                "equal_bits": equal,
-                "reports": [] if ended.returncode == 0 else reports,
-                "seconds": round(time.perf_counter() - started, 1),
-            }
+        found = {
+            "tool": tool,
+            "version": version(),
+            "clean": ended.returncode == 0 and equal and bool(summary),
+            "summary": summary[-1] if summary else text[-500:],
+            "equal_bits": equal,
+            "reports": [] if ended.returncode == 0 else reports,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        print(json.dumps(found, indent=1), flush=True)
+        yield found
+
+
+def run(command: list[str], ends: float) -> subprocess.CompletedProcess[str]:
+    """A program with this tree's package, its output caught; what it cannot do is its output."""
+    left = max(0.1, ends - time.monotonic())
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environ(), timeout=left
         )
-        print(json.dumps(found[-1], indent=1), flush=True)
-    return found
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A program with this tree's package, its output caught."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed")
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", "did not end within the time limit")
 
 
 def version() -> str:
-    """Of compute-sanitizer."""
-    return run(["compute-sanitizer", "--version"]).stdout.strip().splitlines()[-1]
+    """Of compute-sanitizer, where it is installed."""
+    ended = run(["compute-sanitizer", "--version"], time.monotonic() + VERSION_SECONDS)
+    return (ended.stdout.strip() or ended.stderr).splitlines()[-1]
 
 
 if __name__ == "__main__":
