@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flashformer.backends.base import Float32, Int32
-from flashformer.backends.cuda import CudaBackend
+from flashformer.backends.base import Backend, Float32, Int32
 from flashformer.backends.cuda.unpack import padded_cols, unpack
 from flashformer.model.roles import locate, role_shape
 from flashformer.plan.plan import Matrix, Plan
@@ -32,7 +31,7 @@ ROLES = {  # of the rows of a matrix; of others the name is the role
 
 
 def checks(
-    backend: CudaBackend, steps: Steps, image: torch.Tensor, config: dict[str, Any]
+    backend: Backend, steps: Steps, image: torch.Tensor, config: dict[str, Any]
 ) -> dict[str, Any]:
     """Mean Kullback-Leibler divergences from float32, and what must hold of them."""
     ids = steps.random_ids(PROMPT_TOKENS + TOKENS_BEHIND)
