@@ -132,7 +132,7 @@ const machine = {
   unmeasured() {
     return this.card.device === "cpu"
       ? "Lengths are the plan's bytes; measured times come with the first answer."
-      : `Lengths are the bytes that each stage reads, by the plan: ${this.card.device} keeps no time for each stage here.`;
+      : `Lengths are the bytes that each stage reads, by the plan; on ${this.card.device} no times are measured here.`;
   },
 
   showSlots(picture) {

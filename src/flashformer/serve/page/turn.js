@@ -8,7 +8,7 @@ class Turn {
     this.column = column;
     this.prompt = prompt;
     this.isText = settings.isText;
-    this.answer = "";
+    this.answer = new Answer(!this.isText);
     this.finish = null; // null while it runs: stop | length | stopped | failed
     this.pending = "";
     this.frame = 0;
@@ -16,7 +16,6 @@ class Turn {
   }
 
   make() {
-    this.output = document.createTextNode("");
     this.thoughts = document.createTextNode("");
     this.thinking = element("details", { className: "thoughts", hidden: true },
       element("summary", {}, "Reasoning"), element("div", {}, this.thoughts));
@@ -26,11 +25,10 @@ class Turn {
     this.further = button("Go on", "link", () => this.run({ goOn: true }));
     this.copy = button("Copy", "link", () => this.copyAnswer());
     this.footer = element("footer", {}, this.figures, this.further, this.again, this.copy);
-    const who = (name) => element("span", { className: "hidden" }, name);
     this.node = element("article", { className: this.isText ? "turn text" : "turn" },
-      element("div", { className: "asked" }, who("You: "), this.prompt),
+      element("div", { className: "asked" }, element("span", { className: "hidden" }, "You: "), this.prompt),
       this.thinking,
-      element("div", { className: "answer" }, who("Model: "), this.output),
+      this.answer.node,
       this.problem,
       this.footer);
   }
@@ -42,7 +40,8 @@ class Turn {
   /** What a later turn of the conversation knows of this one. */
   messages() {
     const asked = { role: "user", content: this.prompt };
-    return this.answer ? [asked, { role: "assistant", content: this.answer }] : [];
+    const { text } = this.answer;
+    return text ? [asked, { role: "assistant", content: text }] : [];
   }
 
   request(goOn) {
@@ -53,7 +52,7 @@ class Turn {
       stream_options: { include_usage: true, continuous_usage_stats: true },
     };
     if (this.isText) {
-      return ["/v1/completions", { prompt: this.prompt + (goOn ? this.answer : ""), ...shared }];
+      return ["/v1/completions", { prompt: this.prompt + (goOn ? this.answer.text : ""), ...shared }];
     }
     const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
     messages.push(...this.column.messagesBefore(this));
@@ -86,7 +85,8 @@ class Turn {
     this.sent = performance.now();
     this.first = this.last = 0;
     if (!goOn) {
-      this.answer = this.output.data = this.thoughts.data = "";
+      this.answer.clear();
+      this.thoughts.data = "";
       this.thinking.hidden = true;
     }
     this.problem.hidden = true;
@@ -112,7 +112,6 @@ class Turn {
       this.thinking.hidden = false;
       this.thoughts.appendData(thought);
     }
-    this.answer += text;
     this.pending += text;
     if (choice.finish_reason) this.finish = choice.finish_reason;
     this.frame ||= requestAnimationFrame(() => this.show());
@@ -123,7 +122,7 @@ class Turn {
     cancelAnimationFrame(this.frame);
     this.frame = 0;
     const follow = this.column.isAtEnd;
-    this.output.appendData(this.pending);
+    this.answer.append(this.pending);
     this.pending = "";
     if (this.first) say(this.figures, this.speed());
     if (follow) this.column.toEnd();
@@ -144,9 +143,10 @@ class Turn {
 
   end() {
     this.show();
+    this.answer.end();
     this.node.classList.remove("running");
-    this.further.hidden = this.finish !== "length" || !this.answer;
-    this.copy.hidden = !this.answer;
+    this.further.hidden = this.finish !== "length" || !this.answer.text;
+    this.copy.hidden = !this.answer.text;
     const ended = ENDS[this.finish] ?? this.finish;
     const parts = [this.first ? this.speed() : this.finish === "stop" ? "nothing to add" : "", ended, `seed ${this.seed}`];
     say(this.figures, parts.filter(Boolean).join(" · "));
@@ -160,7 +160,7 @@ class Turn {
   }
 
   async copyAnswer() {
-    await navigator.clipboard.writeText(this.answer);
+    await navigator.clipboard.writeText(this.answer.text);
     announce("Copied.");
   }
 }

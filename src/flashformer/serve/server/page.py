@@ -13,7 +13,16 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "page"
 # In the order in which they are joined to one script.
-SCRIPTS = ("base.js", "server.js", "settings.js", "turn.js", "columns.js", "machine.js", "main.js")
+SCRIPTS = (
+    "base.js",
+    "server.js",
+    "settings.js",
+    "answer.js",
+    "turn.js",
+    "columns.js",
+    "machine.js",
+    "main.js",
+)
 _PLACE = re.compile(r"<(style|script)( [^>]*)?></\1>")  # empty elements, filled here
 
 
