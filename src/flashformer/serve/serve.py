@@ -149,7 +149,7 @@ def _run(serve_options: "ServeOptions", terminal: Terminal) -> int:
         )
         terminal.note(f"memory   {ready.memory}")
         terminal.note(f"listens  {url} ({key_sentence(len(serve_options.api_keys))})")
-        terminal.note(f"try      curl {url}/v1/models")
+        terminal.note(f"try      {url} in a browser, or curl {url}/v1/models")
 
     if not terminal.quiet:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
