@@ -11,13 +11,13 @@ from flashformer.model.spec import LayerSpec, ModelSpec, RopeSpec
 from flashformer.plan.machine import Machine
 from flashformer.plan.pack import pack
 from flashformer.plan.plan import PlanOptions, make_plan
-from flashformer.quant.formats import FORMATS
+from flashformer.quant.formats import CHOICES
 
 FRAGMENT_FORMATS = ("bf16", "f16")
 PACKINGS = [
     (layout, name)
     for layout in ("rows", "panel", "fragment")
-    for name in (FRAGMENT_FORMATS if layout == "fragment" else FORMATS)
+    for name in (FRAGMENT_FORMATS if layout == "fragment" else CHOICES)
 ]
 
 

@@ -134,7 +134,7 @@ def difference(found, expected):
 
 
 def kind_of(weight_format):
-    return "float" if FORMATS[weight_format].bits >= 16 else "integer"
+    return "float" if FORMATS[weight_format].bits > 8 else "integer"
 
 
 def check_stages(backend, batch):

@@ -22,7 +22,7 @@ from flashformer.plan.pack import (
 )
 from flashformer.quant.decode import decode
 from flashformer.quant.encode import encode
-from flashformer.quant.formats import FORMATS
+from flashformer.quant.formats import CHOICES, FORMATS
 from specs import PACKINGS, SpecWeights, layer_spec, model_spec, model_specs, packed, packings
 from specs import plan_of as make
 
@@ -144,7 +144,7 @@ def test_weights_too_large_for_a_format_are_refused(name):
 def test_a_checkpoint_of_any_float_type_packs_into_any_format(dtype):
     spec = model_spec()
     weights = SpecWeights(spec, dtype)
-    for name in FORMATS:
+    for name in CHOICES:
         plan = make(spec, name)
         matrix = plan.matrix("qkv", 1)
         expected = quantised(source(weights, matrix), name)

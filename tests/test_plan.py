@@ -15,7 +15,7 @@ from flashformer.plan.plan import PlanOptions, make_plan
 from flashformer.plan.planner import longest_context
 from flashformer.plan.show import show
 from flashformer.plan.tiles import split_tiles
-from flashformer.quant.formats import FORMATS
+from flashformer.quant.formats import CHOICES
 from specs import layer_spec, machine, model_spec, model_specs, packings, plan_of
 
 
@@ -63,7 +63,7 @@ def test_the_vectors_are_those_that_the_layers_ask_for():
     assert plan.vector("gate_up_bias", 1).length == plan.matrix("gate_up", 1).num_tiles * 16
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", list(CHOICES))
 def test_the_bytes_of_a_step_are_weights_once_and_keys_and_values_of_every_sequence(name):
     layers = (layer_spec(), layer_spec(window=10))
     plan = plan_of(model_spec(layers=layers), name, layout="rows", kv_format="f16")

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import mmap
 import os
 import shutil
@@ -25,11 +26,12 @@ import numpy as np
 from flashformer.codegen.image_file import Image, Progress, map_image, write_image
 from flashformer.errors import OutOfMemoryError
 from flashformer.model.weights import WeightSource
-from flashformer.plan.pack import pack
+from flashformer.plan.pack import IncompressibleError, pack
 from flashformer.plan.plan import Plan
 
 KINDS = ("images", "kernels")  # the cache's folders
 IMAGE_SUFFIX = ".image"
+VERDICT_SUFFIX = ".plain"  # in place of an image: the matrices that its formats do not fit
 HUGE_PAGE_BYTES = 2 << 20
 SPARE_BYTES = 256 << 20  # an image is not stored if less than this would stay free on the disk
 
@@ -89,15 +91,18 @@ def load_image(
 ) -> Image:
     """The packed image of `plan` and `weights`: mapped from the cache, or packed into memory now.
 
-    `progress` is called as (what, bytes done, bytes in all). Raises what `pack.pack` raises; a
-    cache that is damaged, read-only or full costs a `CacheWarning` and time.
+    `progress` is called as (what, bytes done, bytes in all). Raises what `pack.pack` raises, an
+    `IncompressibleError` again without packing; a cache that is damaged, read-only or full costs a
+    `CacheWarning` and time.
     """
     key = _digest([plan.image_key, weights.fingerprint])
     meta = {"key": key, "fingerprint": weights.fingerprint}
     options = plan.options
     name = f"{plan.spec.model_type}-{options.format}-{options.head_format}-{key[:24]}"
     path = cache_dir() / "images" / (name + IMAGE_SUFFIX)
+    verdict = path.with_suffix(VERDICT_SUFFIX)
     _sweep("images")
+    _raise_known(verdict)
     image = _map(path, plan.image_bytes, meta, progress)
     if image is not None:
         return image
@@ -107,7 +112,12 @@ def load_image(
         if image is not None:
             return image
         image = allocate_image(plan.image_bytes)
-        pack(plan, weights, image, progress)
+        try:
+            pack(plan, weights, image, progress)
+        except IncompressibleError as found:
+            if usable:
+                _store_verdict(verdict, found)
+            raise
         if usable:
             _store(path, image, meta, progress)
     return image
@@ -208,6 +218,26 @@ def _store(path: Path, image: Image, meta: dict[str, str], progress: Progress | 
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def _raise_known(verdict: Path) -> None:
+    """Raise the `IncompressibleError` that packing raised before, unless its record is damaged."""
+    try:
+        matrices = tuple((str(name), int(layer)) for name, layer in json.loads(verdict.read_text()))
+    except (OSError, ValueError, TypeError):
+        return
+    with contextlib.suppress(OSError):
+        _touch(verdict)
+    raise IncompressibleError(matrices)
+
+
+def _store_verdict(verdict: Path, found: IncompressibleError) -> None:
+    unfinished = _beside(verdict, ".tmp")
+    try:
+        unfinished.write_text(json.dumps(found.matrices))
+        unfinished.replace(verdict)
+    except OSError as error:
+        _warn(f"The cache {verdict.parent} cannot be written ({error.strerror}): working without")
 
 
 def _build_in_cache(path: Path, build: Callable[[Path], None]) -> bool:

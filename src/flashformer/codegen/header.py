@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from flashformer.codegen.arguments import render_struct
 from flashformer.codegen.step_args import STEP_ARGS
 from flashformer.plan.plan import Matrix, Plan
-from flashformer.quant.formats import FORMATS
+from flashformer.quant.formats import COMPACT, FORMATS
 
 LAYER_MATRICES = ("qkv", "o_proj", "gate_up", "down")
 LAYER_VECTORS = (
@@ -69,6 +69,7 @@ def _records() -> list[str]:
         "  long long tile_bytes;",
         "  int rows, cols, num_tiles;",
         "  int split;  // row of first_tiles",
+        "  Format format;",
         "};",
         "struct Layer {",
         *(f"  int {name};" for name in LAYER_NUMBERS),
@@ -107,19 +108,33 @@ def _constants(plan: Plan) -> list[tuple[str, str, str]]:
         "num_ropes": len(spec.ropes),
         "max_rotary_dim": max((rope.rotary_dim for rope in spec.ropes), default=0),
     }
+    body = {m.format for m in plan.matrices if m.layer >= 0}
+    head = {m.format for m in plan.matrices if m.layer < 0}
     return [
         *(("int", name, str(value)) for name, value in integers.items()),
         ("float", "rms_norm_eps", _float(spec.rms_norm_eps)),
-        ("Format", "format", f"Format::{options.format}"),
-        ("Format", "head_format", f"Format::{options.head_format}"),
+        ("Format", "format", f"Format::{_format(body, options.format)}"),
+        ("Format", "head_format", f"Format::{_format(head, options.head_format)}"),
+        ("bool", "some_plain", str(_some_plain(body) or _some_plain(head)).lower()),
         ("long long", "norm", str(plan.vector("norm").offset)),
     ]
+
+
+def _format(stored: set[str], wanted: str) -> str:
+    """The format of matrices that the kernel is compiled for: bf16c where some of them have it."""
+    return COMPACT if COMPACT in stored else wanted
+
+
+def _some_plain(stored: set[str]) -> bool:
+    """Whether matrices of both storage formats of bf16 stand side by side."""
+    return COMPACT in stored and len(stored) > 1
 
 
 def _tables(plan: Plan, splits: tuple[tuple[int, ...], ...]) -> list[str]:
     def matrix(found: Matrix) -> str:
         sizes = (found.rows, found.cols, found.num_tiles, splits.index(found.first_tile))
-        return _braces(str(n) for n in (found.offset, found.tile_bytes, *sizes))
+        numbers = (str(n) for n in (found.offset, found.tile_bytes, *sizes))
+        return _braces((*numbers, f"Format::{found.format}"))
 
     matrices = {(m.name, m.layer): m for m in plan.matrices}
     embed = matrices.get(("embed_tokens", -1), matrices["lm_head", -1])

@@ -13,9 +13,10 @@ from flashformer.plan.plan import (
     Matrix,
     Plan,
     Vector,
+    matrix_format,
 )
 from flashformer.plan.stages import INPUTS, model_stages
-from flashformer.quant.formats import FORMATS, TILE_ROWS
+from flashformer.quant.formats import CHOICES, FORMATS, TILE_ROWS
 from flashformer.quant.layout import check_layout
 
 MAX_BATCH = 8  # sequences of one step; the kernels' widest column count
@@ -50,6 +51,10 @@ def _check_machine(plan: Plan) -> None:
         f"rank {machine.rank} is not one of the {machine.world} GPUs of the machine",
     )
     _require(
+        not machine.compact or machine.layout == "panel",
+        f"bf16c exists in the panel layout only, not in {machine.layout}",
+    )
+    _require(
         machine.kv_format in KV_BYTES,
         f"KV format {machine.kv_format!r} is unknown; choose one of {', '.join(KV_BYTES)}",
     )
@@ -68,8 +73,8 @@ def _check_options(plan: Plan) -> None:
     )
     for name in (options.format, options.head_format):
         _require(
-            name in FORMATS,
-            f"weight format {name!r} is unknown; choose one of {', '.join(FORMATS)}",
+            name in CHOICES,
+            f"weight format {name!r} is unknown; choose one of {', '.join(CHOICES)}",
         )
         check_layout(FORMATS[name], machine.layout)
 
@@ -90,19 +95,20 @@ def _check_stages(plan: Plan) -> None:
 
 
 def _expected_matrices(plan: Plan) -> list[tuple[str, int, int, int, str]]:
-    spec, options = plan.spec, plan.options
-    hidden, head = spec.hidden_size, options.head_format
-    expected = []
+    spec, hidden = plan.spec, plan.spec.hidden_size
+    shapes = []
     if not spec.tie_word_embeddings:
-        expected.append(("embed_tokens", -1, spec.vocab_size, hidden, head))
+        shapes.append(("embed_tokens", -1, spec.vocab_size, hidden))
     for i, layer in enumerate(spec.layers):
-        q_rows, inner = layer.q_rows, layer.intermediate_size
-        expected.append(("qkv", i, q_rows + 2 * layer.kv_rows, hidden, options.format))
-        expected.append(("o_proj", i, hidden, q_rows, options.format))
-        expected.append(("gate_up", i, 2 * inner, hidden, options.format))
-        expected.append(("down", i, hidden, inner, options.format))
-    expected.append(("lm_head", -1, spec.vocab_size, hidden, head))
-    return expected
+        shapes.append(("qkv", i, layer.q_rows + 2 * layer.kv_rows, hidden))
+        shapes.append(("o_proj", i, hidden, layer.q_rows))
+        shapes.append(("gate_up", i, 2 * layer.intermediate_size, hidden))
+        shapes.append(("down", i, hidden, layer.intermediate_size))
+    shapes.append(("lm_head", -1, spec.vocab_size, hidden))
+    return [
+        (*shape, matrix_format(plan.machine, plan.options, *shape[:2], shape[3]))
+        for shape in shapes
+    ]
 
 
 def _check_matrices(plan: Plan) -> None:

@@ -16,6 +16,7 @@ class Machine:
     kv_format: str  # f32 | f16 | bf16: how keys and values are stored
     max_rows: int  # rows (tokens) of one step
     prompt_rows: int = 0  # rows of one prompt beside the others of a step; 0: they share max_rows
+    compact: bool = False  # bf16 is stored as bf16c, in 12 bits without loss, where it fits
     shared_bytes: int = 0  # shared memory a CTA (cuda)
     world: int = 1  # GPUs that share the model
     rank: int = 0  # which of them this is

@@ -14,9 +14,10 @@ from flashformer.errors import CheckpointError
 from flashformer.model.checkpoint import check_finite
 from flashformer.model.weights import Array, WeightSource
 from flashformer.plan.plan import Matrix, Plan, Vector
+from flashformer.quant.compact import arrange_compact, restore_compact
 from flashformer.quant.decode import decode
 from flashformer.quant.encode import Encoded, Float32, encode, widen
-from flashformer.quant.formats import TILE_ROWS
+from flashformer.quant.formats import COMPACT, TILE_ROWS
 from flashformer.quant.layout import arrange, restore
 
 Image = npt.NDArray[np.uint8]
@@ -40,12 +41,21 @@ BIAS_ROLES = {
 }
 
 
+class IncompressibleError(Exception):
+    """Matrices (name, layer) of a plan whose weights do not fit its compact format."""
+
+    def __init__(self, matrices: tuple[tuple[str, int], ...]) -> None:
+        super().__init__(f"bf16 weights that need more than 12 bits: {matrices}")
+        self.matrices = matrices
+
+
 def pack(plan: Plan, weights: WeightSource, image: Image, progress: Progress | None = None) -> None:
     """Fill `image` [plan.image_bytes] with the weights.
 
     Reads one matrix at a time with two threads, releases the rows that were read, and needs less
     than 64 MB beside the image. Raises `CheckpointError` for a tensor that is missing, misshapen,
-    not finite, or too large for the format.
+    not finite, or too large for the format; `IncompressibleError` with all matrices that have more
+    exceptions than bf16c has room for.
     """
     if image.nbytes != plan.image_bytes:
         raise ValueError(f"the image has {image.nbytes} bytes; the plan needs {plan.image_bytes}")
@@ -55,11 +65,17 @@ def pack(plan: Plan, weights: WeightSource, image: Image, progress: Progress | N
     total = sum(m.nbytes for m in plan.matrices)
     done = 0
     with ThreadPoolExecutor(PACK_THREADS, thread_name_prefix="pack") as threads:
+        refused: list[tuple[str, int]] = []
         for matrix in plan.matrices:
-            for num_tiles in _pack_matrix(plan, matrix, weights, image, threads):
-                done += num_tiles * matrix.tile_bytes
-                if progress is not None:
-                    progress("packing", done, total)
+            try:
+                for num_tiles in _pack_matrix(plan, matrix, weights, image, threads):
+                    done += num_tiles * matrix.tile_bytes
+                    if progress is not None:
+                        progress("packing", done, total)
+            except IncompressibleError as found:
+                refused += found.matrices
+    if refused:
+        raise IncompressibleError(tuple(refused))
 
 
 class _Span(NamedTuple):
@@ -93,10 +109,13 @@ def unpack_tiles(plan: Plan, image: Image, matrix: Matrix, first: int, end: int)
     """Tiles `first` .. `end` as stored, padding rows included: float32 [16 x tiles, cols]."""
     if first == end:  # a CTA without tiles
         return np.zeros((0, matrix.cols), np.float32)
-    blocks, row_scales = _tile_views(image, matrix, first, end)
+    heads, blocks, row_scales = _tile_views(image, matrix, first, end)
     weight_format = matrix.weight_format
     scale_bytes = weight_format.block_scale_bytes
-    codes = restore(blocks[..., scale_bytes:], weight_format, plan.machine.layout)
+    if weight_format.name == COMPACT:
+        codes = restore_compact(heads, blocks)
+    else:
+        codes = restore(blocks[..., scale_bytes:], weight_format, plan.machine.layout)
     codes = codes.reshape(-1, codes.shape[2])
     scales = None
     if weight_format.scale == "group":
@@ -114,14 +133,19 @@ def read_vector(image: Image, vector: Vector) -> Float32:
     return view
 
 
-def _tile_views(image: Image, matrix: Matrix, first: int, end: int) -> tuple[Any, Any]:
-    """Views of tiles: blocks uint8 [tiles, blocks, block bytes], row scales float32 [tiles, 16]."""
+def _tile_views(image: Image, matrix: Matrix, first: int, end: int) -> tuple[Any, Any, Any]:
+    """Views of tiles: heads [tiles, head bytes], blocks [tiles, blocks, block bytes], row scales.
+
+    The first two are uint8, the row scales float32 [tiles, 16].
+    """
     weight_format, size = matrix.weight_format, matrix.tile_bytes
     start = matrix.offset + first * size
     tiles = image[start : matrix.offset + end * size].reshape(end - first, size)
     num_blocks = weight_format.num_blocks(matrix.cols)
-    split = num_blocks * weight_format.block_bytes
-    return tiles[:, :split].reshape(end - first, num_blocks, -1), tiles[:, split:].view(np.float32)
+    head = weight_format.head_bytes(matrix.cols)
+    split = head + num_blocks * weight_format.block_bytes
+    blocks = tiles[:, head:split].reshape(end - first, num_blocks, -1)
+    return tiles[:, :head], blocks, tiles[:, split:].view(np.float32)
 
 
 def _pack_matrix(
@@ -184,7 +208,7 @@ def _pack_tiles(
     plan: Plan, matrix: Matrix, rows: Array, image: Image, first: int, end: int
 ) -> None:
     weight_format = matrix.weight_format
-    blocks, row_scales = _tile_views(image, matrix, first, end)
+    heads, blocks, row_scales = _tile_views(image, matrix, first, end)
     codes, scales = encode(rows, weight_format)
     if codes.dtype != rows.dtype and not np.isfinite(codes if scales is None else scales).all():
         raise CheckpointError(
@@ -193,6 +217,10 @@ def _pack_tiles(
         )
     scale_bytes = weight_format.block_scale_bytes
     shaped = codes.reshape(end - first, TILE_ROWS, -1)
+    if weight_format.name == COMPACT:
+        if not arrange_compact(shaped, heads, blocks):
+            raise IncompressibleError(((matrix.name, matrix.layer),))
+        return
     arrange(shaped, weight_format, plan.machine.layout, blocks[..., scale_bytes:])
     if scales is not None and weight_format.scale == "row":
         row_scales[...] = scales.reshape(row_scales.shape)

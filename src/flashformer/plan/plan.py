@@ -12,7 +12,7 @@ import numpy as np
 
 from flashformer.model.spec import LayerSpec, ModelSpec
 from flashformer.plan.machine import Machine
-from flashformer.quant.formats import FORMATS, TILE_ROWS, Format
+from flashformer.quant.formats import FORMATS, LINE_BYTES, TILE_ROWS, Format, storage_format
 
 PLAN_VERSION = 1  # raise it when the same numbers mean something else
 IMAGE_VERSION = 1  # raise it when the same plan packs other bytes
@@ -30,6 +30,15 @@ class PlanOptions:
     head_format: str = "bf16"  # of the embedding and the output head (one matrix when tied)
     context: int = 4096  # tokens a sequence may hold
     max_batch: int = 8  # sequences in one step
+    plain: tuple[tuple[str, int], ...] = ()  # matrices (name, layer) that bf16c does not fit
+
+
+def matrix_format(machine: Machine, options: PlanOptions, name: str, layer: int, cols: int) -> str:
+    """The format in which the image of `machine` stores a matrix."""
+    wanted = options.head_format if name in ("embed_tokens", "lm_head") else options.format
+    if machine.compact and (name, layer) not in options.plain:
+        return storage_format(wanted, cols)
+    return wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,12 @@ class Matrix:
     def nbytes(self) -> int:
         """Bytes of the matrix in the image."""
         return self.num_tiles * self.tile_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a step reads at least: without the room for exceptions in heads of tiles."""
+        unread = max(self.weight_format.head_bytes(self.cols) - LINE_BYTES, 0)
+        return self.nbytes - self.num_tiles * unread
 
     @property
     def weight_format(self) -> Format:
@@ -161,7 +176,7 @@ class Plan:
         total = sum(v.nbytes for v in self.vectors)
         for matrix in self.matrices:
             gathered = matrix.name == "embed_tokens"
-            total += batch * matrix.tile_bytes // TILE_ROWS if gathered else matrix.nbytes
+            total += batch * matrix.tile_bytes // TILE_ROWS if gathered else matrix.read_bytes
         for layer in self.spec.layers:
             seen = min(context, layer.window) if layer.window else context
             total += batch * seen * self.kv_bytes_of(layer)

@@ -12,10 +12,11 @@ from flashformer.plan.plan import (
     Plan,
     PlanOptions,
     Vector,
+    matrix_format,
 )
 from flashformer.plan.stages import model_stages
 from flashformer.plan.tiles import split_tiles
-from flashformer.quant.formats import FORMATS, TILE_ROWS
+from flashformer.quant.formats import CHOICES, FORMATS, TILE_ROWS
 from flashformer.quant.layout import check_layout
 
 
@@ -35,7 +36,7 @@ def plan_model(spec: ModelSpec, machine: Machine, options: PlanOptions) -> Plan:
     from flashformer.plan.check import check
 
     _check_options(spec, machine, options)
-    shapes = _shapes(spec, options)
+    shapes = _shapes(spec, machine, options)
     vectors, end = _place_vectors(_vectors(spec, machine, shapes))
     matrices, image_bytes = _place_matrices(shapes, machine, _align(end, IMAGE_ALIGNMENT))
     plan = Plan(
@@ -67,9 +68,9 @@ def _scaled_positions(rope: RopeSpec) -> int:
 
 def _check_options(spec: ModelSpec, machine: Machine, options: PlanOptions) -> None:
     for name in (options.format, options.head_format):
-        if name not in FORMATS:
+        if name not in CHOICES:
             raise UsageError(
-                f"Weight format {name!r} is unknown; choose one of {', '.join(FORMATS)}."
+                f"Weight format {name!r} is unknown; choose one of {', '.join(CHOICES)}."
             )
         check_layout(FORMATS[name], machine.layout)
     limit = longest_context(spec)
@@ -85,21 +86,25 @@ def _check_options(spec: ModelSpec, machine: Machine, options: PlanOptions) -> N
         )
 
 
-def _shapes(spec: ModelSpec, options: PlanOptions) -> list[_Shape]:
+def _shapes(spec: ModelSpec, machine: Machine, options: PlanOptions) -> list[_Shape]:
     """All matrices in the order in which one token reads them."""
+
+    def shape(name: str, layer: int, rows: int, cols: int) -> _Shape:
+        stored = matrix_format(machine, options, name, layer, cols)
+        return _Shape(name, layer, rows, cols, stored)
+
     hidden, vocab = spec.hidden_size, spec.vocab_size
     shapes = []
     if not spec.tie_word_embeddings:
-        shapes.append(_Shape("embed_tokens", -1, vocab, hidden, options.head_format))
+        shapes.append(shape("embed_tokens", -1, vocab, hidden))
     for i, layer in enumerate(spec.layers):
         shapes += [
-            _Shape("qkv", i, layer.qkv_rows, hidden, options.format),
-            _Shape("o_proj", i, hidden, layer.q_rows, options.format),
-            _Shape("gate_up", i, 2 * layer.intermediate_size, hidden, options.format),
-            _Shape("down", i, hidden, layer.intermediate_size, options.format),
+            shape("qkv", i, layer.qkv_rows, hidden),
+            shape("o_proj", i, hidden, layer.q_rows),
+            shape("gate_up", i, 2 * layer.intermediate_size, hidden),
+            shape("down", i, hidden, layer.intermediate_size),
         ]
-    shapes.append(_Shape("lm_head", -1, vocab, hidden, options.head_format))
-    return shapes
+    return [*shapes, shape("lm_head", -1, vocab, hidden)]
 
 
 def _vectors(spec: ModelSpec, machine: Machine, shapes: list[_Shape]) -> list[Vector]:

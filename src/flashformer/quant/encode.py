@@ -17,6 +17,7 @@ Float32 = npt.NDArray[np.float32]
 CODE_DTYPES: dict[str, npt.DTypeLike] = {
     "f32": np.float32,
     "bf16": ml_dtypes.bfloat16,
+    "bf16c": ml_dtypes.bfloat16,
     "f16": np.float16,
     "int8": np.int8,
     "int4": np.uint8,

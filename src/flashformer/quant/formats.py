@@ -4,12 +4,18 @@ A matrix [rows, cols] is cut into tiles of `TILE_ROWS` rows; a tile is a sequenc
 the columns, each `block_cols` wide: first the block's scales (one float16 a row, if the format has
 groups), then the codes. Padding rows and columns are zero. After the last block come the row
 scales (one float32 a row), if the format has them. How the codes of a block are ordered is the
-machine's `layout`.
+machine's `layout`. A compact tile begins with a head, see `quant.compact`.
 """
 
 from dataclasses import dataclass
 
 TILE_ROWS = 16
+COMPACT = "bf16c"
+COMPACT_HEAD_BYTES = 48  # of a compact tile: a table of 16 bytes, 16 ends of rows (uint16)
+EXCEPTION_BYTES = 4  # column and code, both uint16
+EXCEPTION_WEIGHTS = 512  # a compact tile has room for one exception in so many weights
+COMPACT_MAX_COLS = 1 << 16  # an exception's column has 16 bits
+LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +37,22 @@ class Format:
         """Bytes of one block: scales and codes of TILE_ROWS x block_cols weights."""
         return self.block_scale_bytes + TILE_ROWS * self.block_cols * self.bits // 8
 
+    def head_bytes(self, cols: int) -> int:
+        """Bytes in front of a tile's blocks: the head of a compact tile, in whole cache lines."""
+        if self.name != COMPACT:
+            return 0
+        weights = TILE_ROWS * self.num_blocks(cols) * self.block_cols
+        nbytes = COMPACT_HEAD_BYTES + EXCEPTION_BYTES * -(-weights // EXCEPTION_WEIGHTS)
+        return -(-nbytes // LINE_BYTES) * LINE_BYTES
+
     def num_blocks(self, cols: int) -> int:
         """Blocks of a tile with `cols` columns."""
         return -(-cols // self.block_cols)
 
     def tile_bytes(self, cols: int) -> int:
-        """Bytes of one tile: blocks, then row scales."""
+        """Bytes of one tile: head, blocks, then row scales."""
         row_scale_bytes = 4 * TILE_ROWS if self.scale == "row" else 0
-        return self.num_blocks(cols) * self.block_bytes + row_scale_bytes
+        return self.head_bytes(cols) + self.num_blocks(cols) * self.block_bytes + row_scale_bytes
 
 
 FORMATS = {
@@ -46,9 +60,18 @@ FORMATS = {
     for f in (
         Format("f32", 32, 16, "none"),  # fp32 checkpoints on the CPU, exact
         Format("bf16", 16, 16, "none"),
+        Format("bf16c", 12, 16, "none"),  # compact: a bfloat16 in 12 bits, without loss
         Format("f16", 16, 16, "none"),
         Format("int8", 8, 32, "row"),  # symmetric, code in [-127, 127]
         Format("int4", 4, 32, "group"),  # symmetric, code in [0, 15] meaning code - 8
         Format("int4g128", 4, 128, "group"),
     )
 }
+# What a user may ask for: how exact weights are. bf16c is a way to store bf16, which the planner
+# chooses.
+CHOICES = tuple(name for name in FORMATS if name != COMPACT)
+
+
+def storage_format(name: str, cols: int) -> str:
+    """How a compact image stores a matrix of format `name`: bf16 as bf16c."""
+    return COMPACT if name == "bf16" and cols <= COMPACT_MAX_COLS else name

@@ -17,7 +17,7 @@ from flashformer.backends import machine_of
 from flashformer.errors import UsageError
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
-from flashformer.quant.formats import FORMATS
+from flashformer.quant.formats import CHOICES
 from flashformer.serve import options
 from flashformer.serve.benchmark import suite as suites
 from flashformer.serve.benchmark.cases import make_cases, parse_numbers
@@ -46,7 +46,7 @@ Batches = Annotated[str, typer.Option("-b", help="Sequences in a step.")]
 Repeats = Annotated[int, typer.Option("-r", min=1, help="Rounds.")]
 Formats = Annotated[
     str | None,
-    typer.Option("--quant", help="Weight formats: " + ", ".join(FORMATS) + ". Default: as stored."),
+    typer.Option("--quant", help="Weight formats: " + ", ".join(CHOICES) + ". Default: as stored."),
 ]
 Output = Annotated[str, typer.Option("-o", "--output", help=" or ".join(OUTPUTS))]
 Suite = Annotated[

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from flashformer.codegen.step_args import StepArgs
 from flashformer.errors import CompileError, FlashFormerError, OutOfMemoryError, UsageError
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import WeightSource
-from flashformer.plan.pack import Image
+from flashformer.plan.pack import Image, IncompressibleError
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 
 BUFFERS = ("hidden", "q", "attended", "activated")  # in the order of decoder_buffer
@@ -160,14 +161,25 @@ def open_cpu(
     threads: int | None,
     progress: Progress | None,
 ) -> CpuBackend:
-    """Plan, compile, and pack or read the image; a missing compiler is told before the packing."""
-    plan = make_plan(spec, cpu_machine(threads), options)
-    if progress is not None:
-        progress("compiling", 0, 1)
-    compile_kernel(plan)
-    if progress is not None:
-        progress("compiling", 1, 1)
-    return CpuBackend(plan, load_image(plan, weights, progress=progress), num_pages)
+    """Plan, compile, and pack or read the image; a missing compiler is told before the packing.
+
+    Where bf16 weights need more than 12 bits, the plan is made again with those matrices plain.
+    """
+    machine = cpu_machine(threads)
+    while True:
+        plan = make_plan(spec, machine, options)
+        if progress is not None:
+            progress("compiling", 0, 1)
+        compile_kernel(plan)
+        if progress is not None:
+            progress("compiling", 1, 1)
+        try:
+            image = load_image(plan, weights, progress=progress)
+        except IncompressibleError as found:
+            plain = found.matrices
+        else:
+            return CpuBackend(plan, image, num_pages)
+        options = replace(options, plain=plain)
 
 
 def _map_memory(nbytes: int, use: str, cure: str) -> npt.NDArray[np.uint8]:

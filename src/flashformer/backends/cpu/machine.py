@@ -36,6 +36,7 @@ def cpu_machine(threads: int | None = None) -> Machine:
         page_tokens=PAGE_TOKENS,
         kv_format="f32",
         max_rows=MAX_ROWS,
+        compact=True,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flashformer.backends import machine_of
 from flashformer.errors import FlashFormerError, PlanError
 from flashformer.plan.plan import PlanOptions, make_plan
-from flashformer.quant.formats import FORMATS
+from flashformer.quant.formats import CHOICES
 from flashformer.serve.benchmark.cases import Case
 from flashformer.serve.benchmark.checks import batch_chooses_as_alone
 from flashformer.serve.benchmark.report import Row
@@ -74,7 +74,7 @@ def run_suite(
 def _unsupported(loaded: Loaded, device: str) -> str:
     """Why this build cannot run a format; empty if it can."""
     for name in (loaded.format, loaded.head_format):
-        if name not in FORMATS:
+        if name not in CHOICES:
             return f"the format {name} does not exist yet"
     spec = find_model(None, loaded.shape).spec
     try:

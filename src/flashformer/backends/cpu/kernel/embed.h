@@ -9,8 +9,14 @@ inline void embed_token(const Step& step, int row, int first_col, int end_col) {
   const int id = step.args.token_ids[row];
   const u8* tile = step.args.image + matrix.offset + id / tile_rows * matrix.tile_bytes;
   float* out = step.space.hidden + row * hidden_stride;
-  for (int col = first_col; col < end_col; ++col)
-    out[col] = weight_at<config::head_format>(tile, matrix.tile_bytes, id % tile_rows, col);
+  with_format<config::head_format>(matrix, [&](auto format) {
+    for (int col = first_col; col < end_col; ++col)
+      out[col] = weight_at<format()>(tile, matrix.tile_bytes, matrix.cols, id % tile_rows, col);
+    if constexpr (format() == Format::bf16c)
+      for_exceptions(tile, [&](int r, int col, float weight) {
+        if (r == id % tile_rows && first_col <= col && col < end_col) out[col] = weight;
+      });
+  });
 }
 
 // Rows of one sequence that follow each other, up to block_rows of them.

@@ -2,14 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "activations.h"
 
-// Where the weights come from.
-enum class Source {
-  packed,  // as the image has them
-  kept,  // likewise, and unpacked copies are left in a buffer
-  unpacked,  // from that buffer: floats [col][16 rows], or pairs of i16 [col pair][16 rows]
+// The cache into which weights are fetched ahead of their use.
+enum class Cache {
+  first_level,  // weights that are used once, in the order of memory
+  second_level,  // weights of the next block of columns
 };
 
 // Sums of tiles x tokens, in memory [tile][token][16 rows].
@@ -20,36 +20,25 @@ struct Sums {
   float* of(int tile, int token) const { return at + (i64(tile) * tokens + token) * tile_rows; }
 };
 
-// Blocks of some tiles that lie `stride` bytes apart. Meanwhile lines are fetched from `ahead` on,
-// `ahead_step` bytes for each step of the inner loop: into the first-level cache from packed tiles,
-// else into the second, and from there shortly before their use.
+// Blocks of some tiles that lie `stride` bytes apart. Meanwhile lines are fetched from `ahead` on, of
+// tiles `ahead_stride` bytes apart, `ahead_step` bytes for each step of the inner loop.
 struct Blocks {
   const u8* at;
   i64 stride;
   int count;
   const u8* ahead;
+  i64 ahead_stride;
   int ahead_step;
-  u8* buffer;  // unpacked copies of one tile's blocks
 };
 
-// Bytes of one step of the inner loop: 2 columns of floats, 8 of integers.
-constexpr int step_bytes(Format format) {
-  const Traits t = traits(format);
-  return is_float(format) ? t.block_bytes / t.block_cols * 2 : (t.block_bytes - t.scale_bytes) / t.block_cols * 8;
-}
-
-template <Format format, Source source, int tiles>
-[[gnu::always_inline]] inline void fetch_lines(const u8* at, const u8* ahead, i64 stride) {
-  if constexpr (source == Source::packed) {
+template <Format format, Cache cache, int tiles>
+[[gnu::always_inline]] inline void fetch_lines(const u8* ahead, i64 stride) {
+  constexpr bool first = cache == Cache::first_level;
+  constexpr int lines = first ? (step_bytes(format) + 63) / 64 : 1;
 #pragma GCC unroll 8
-    for (int i = 0; i < tiles; ++i) {
-      __builtin_prefetch(ahead + i * stride);
-      if constexpr (step_bytes(format) > 64) __builtin_prefetch(ahead + i * stride + 64);
-    }
-  } else {
-    __builtin_prefetch(ahead, 0, 2);
-    if constexpr (source == Source::kept) __builtin_prefetch(at + 512);
-  }
+  for (int i = 0; i < tiles; ++i)
+#pragma GCC unroll 4
+    for (int line = 0; line < lines; ++line) __builtin_prefetch(ahead + i * stride + line * 64, 0, first ? 3 : 2);
 }
 
 template <int tiles, int tokens>
@@ -77,72 +66,114 @@ template <int tiles, int tokens>
         simd::store(sums.of(i, token + j) + v * simd::lanes, acc[i][j][v]);
 }
 
-// One column of a pair; `values` are the tokens' activations of the pair.
-template <Format format, Source source, int odd, int tiles, int tokens>
-[[gnu::always_inline]] inline void add_column(const u8* pair, i64 stride, const float* values, i64 value_stride,
-                                              float* buffer, Registers<tiles, tokens>& acc) {
+// Tiles whose operands are in registers at once; they share a token's operand.
+constexpr int operand_tiles(int tiles) { return simd::tile_vectors == 1 ? tiles : 1; }
+
+// sums += weights x the tokens' value of one column; weight(tile, vector) loads.
+template <int tiles, int tokens, class Weight>
+[[gnu::always_inline]] inline void add_column(const float* values, i64 value_stride, Weight&& weight,
+                                              Registers<tiles, tokens>& acc) {
   using namespace simd;
+  constexpr int together = operand_tiles(tiles);
 #pragma GCC unroll 8
-  for (int i = 0; i < tiles; ++i) {
-    F32 w[tile_vectors];
+  for (int first = 0; first < tiles; first += together) {
+    F32 w[together][tile_vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < together; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < tile_vectors; ++v) {
-      w[v] = kept(source == Source::unpacked ? load(buffer + odd * tile_rows + v * lanes)
-                                             : load_column<format, odd>(pair + i * stride, v));
-      if constexpr (source == Source::kept) store(buffer + odd * tile_rows + v * lanes, w[v]);
-    }
+      for (int v = 0; v < tile_vectors; ++v) w[i][v] = kept(weight(first + i, v));
 #pragma GCC unroll 16
     for (int j = 0; j < tokens; ++j) {
-      const F32 value = splat(values[j * value_stride + odd]);
+      // A value that is used once is an operand of the multiply-add.
+      const F32 splatted = splat(values[j * value_stride]), value = together > 1 ? kept(splatted) : splatted;
+#pragma GCC unroll 8
+      for (int i = 0; i < together; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < tile_vectors; ++v) acc[i][j][v] = fma(w[v], value, acc[i][j][v]);
+        for (int v = 0; v < tile_vectors; ++v) acc[first + i][j][v] = fma(w[i][v], value, acc[first + i][j][v]);
     }
   }
 }
 
 // sums += blocks x columns `col` .. of tokens `token` ..
-template <Format format, Source source, int tiles, int tokens>
+template <Format format, Cache cache, int tiles, int tokens>
 inline void add_float_products(Blocks blocks, const Activations& x, int token, int col, Sums sums) {
   Registers<tiles, tokens> acc;
   load_sums<tiles, tokens>(acc, sums, token);
   const float* values = x.values + token * x.stride + col;
   const u8 *pair = blocks.at, *ahead = blocks.ahead;
-  float* buffer = (float*)blocks.buffer;
   for (int left = blocks.count * (traits(format).block_cols / 2); left > 0; --left) {
-    fetch_lines<format, source, tiles>(pair, ahead, blocks.stride);
-    add_column<format, source, 0, tiles, tokens>(pair, blocks.stride, values, x.stride, buffer, acc);
-    add_column<format, source, 1, tiles, tokens>(pair, blocks.stride, values, x.stride, buffer, acc);
+    fetch_lines<format, cache, tiles>(ahead, blocks.ahead_stride);
+    const auto column = [&](auto odd) {
+      add_column<tiles, tokens>(values + odd, x.stride, [&](int i, int v) {
+        return load_column<format, odd()>(pair + i * blocks.stride, v);
+      }, acc);
+    };
+    column(std::integral_constant<int, 0>{});
+    column(std::integral_constant<int, 1>{});
     pair += step_bytes(format);
     ahead += blocks.ahead_step;
     values += 2;
-    buffer += 2 * tile_rows;
   }
   store_sums<tiles, tokens>(acc, sums, token);
+}
+
+// The same for bf16c; `tile` is the beginning of the first tile.
+template <int tiles, int tokens>
+inline void add_compact_products(Blocks blocks, const u8* tile, const Activations& x, Sums sums) {
+  using namespace simd;
+  constexpr Format format = Format::bf16c;
+  Registers<tiles, tokens> acc;
+  load_sums<tiles, tokens>(acc, sums, 0);
+  I32 tables[tiles];
+#pragma GCC unroll 8
+  for (int i = 0; i < tiles; ++i) tables[i] = load_table(tile + i * blocks.stride);
+  const float* values = x.values;
+  const u8 *eight = blocks.at, *ahead = blocks.ahead;
+  for (int left = blocks.count * (traits(format).block_cols / 8); left > 0; --left) {
+    fetch_lines<format, Cache::first_level, tiles>(ahead, blocks.ahead_stride);
+    I32 pairs[tiles][tile_vectors][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < tiles; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < tile_vectors; ++v) load_compact(eight + i * blocks.stride, v, tables[i], pairs[i][v]);
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c)
+      add_column<tiles, tokens>(values + c, x.stride, [&](int i, int v) {
+        return c % 2 ? high_bf16(pairs[i][v][c / 2]) : low_bf16(pairs[i][v][c / 2]);
+      }, acc);
+    eight += step_bytes(format);
+    ahead += blocks.ahead_step;
+    values += 8;
+  }
+  store_sums<tiles, tokens>(acc, sums, 0);
 }
 
 // The sums of one group: exact integers.
 template <int tiles, int tokens>
 using Totals = simd::I32[tiles][tokens][simd::tile_vectors];
 
-// One pair of columns; `codes` are the tokens' activations of the first of its 8 columns.
-template <Format format, Source source, int pair, int tiles, int tokens>
-[[gnu::always_inline]] inline void add_pair(const u8* eight, i64 stride, const i16* codes, i64 code_stride,
-                                            u32* buffer, Totals<tiles, tokens>& totals) {
+// One pair of columns, likewise; `codes` are the tokens' activations of it.
+template <int tiles, int tokens, class Weight>
+[[gnu::always_inline]] inline void add_pair(const i16* codes, i64 code_stride, Weight&& weight,
+                                            Totals<tiles, tokens>& totals) {
   using namespace simd;
+  constexpr int together = operand_tiles(tiles);
 #pragma GCC unroll 8
-  for (int i = 0; i < tiles; ++i) {
-    I32 w[tile_vectors];
+  for (int first = 0; first < tiles; first += together) {
+    I32 w[together][tile_vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < together; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < tile_vectors; ++v) {
-      w[v] = kept(source == Source::unpacked ? load_i32(buffer + pair * tile_rows + v * lanes)
-                                             : load_pair<format, pair>(eight + i * stride, v));
-      if constexpr (source == Source::kept) store_i32(buffer + pair * tile_rows + v * lanes, w[v]);
-    }
+      for (int v = 0; v < tile_vectors; ++v) w[i][v] = kept(weight(first + i, v));
 #pragma GCC unroll 16
     for (int j = 0; j < tokens; ++j) {
-      const I32 both = splat_i32(*(const i32*)(codes + j * code_stride + 2 * pair));
+      const I32 splatted = splat_i32(*(const i32*)(codes + j * code_stride));
+      const I32 both = together > 1 ? kept(splatted) : splatted;
+#pragma GCC unroll 8
+      for (int i = 0; i < together; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < tile_vectors; ++v) totals[i][j][v] = kept(dot(totals[i][j][v], w[v], both));
+        for (int v = 0; v < tile_vectors; ++v)
+          totals[first + i][j][v] = kept(dot(totals[first + i][j][v], w[i][v], both));
     }
   }
 }
@@ -219,14 +250,13 @@ template <Format format, int tiles, int tokens>
 }
 
 // sums += blocks x columns `col` .. of tokens `token` ..
-template <Format format, Source source, int tiles, int tokens>
+template <Format format, Cache cache, int tiles, int tokens>
 inline void add_integer_products(Blocks blocks, const Activations& x, int token, int col, Sums sums) {
   using namespace simd;
   constexpr Traits t = traits(format);
   constexpr int group_blocks = t.group_cols / t.block_cols;
   const i16* codes = x.codes + token * x.stride + col;
   const u8* ahead = blocks.ahead;
-  u32* buffer = (u32*)blocks.buffer;
   int group = col / t.group_cols;
   for (int b = 0; b < blocks.count; b += group_blocks, ++group, codes += t.group_cols) {
     const u8* block = blocks.at + i64(b) * t.block_bytes;
@@ -240,30 +270,49 @@ inline void add_integer_products(Blocks blocks, const Activations& x, int token,
         for (int v = 0; v < tile_vectors; ++v)
           totals[i][j][v] =
               is_int4(format) ? splat_i32(x.offsets[(token + j) * x.groups + group]) : zero_i32();
-    if constexpr (is_int4(format) && source == Source::packed && tokens == 1) {
+    if constexpr (is_int4(format) && tokens == 1) {
       add_nibble_group<format, tiles>(blocks, eight, codes, totals);
     } else {
       const int cols = std::min(group_blocks, blocks.count - b) * t.block_cols;
       for (int c = 0; c < cols; c += 8) {
-        fetch_lines<format, source, tiles>(eight, ahead, blocks.stride);
-        const i16* some = codes + c;
-        add_pair<format, source, 0, tiles, tokens>(eight, blocks.stride, some, x.stride, buffer, totals);
-        add_pair<format, source, 1, tiles, tokens>(eight, blocks.stride, some, x.stride, buffer, totals);
-        add_pair<format, source, 2, tiles, tokens>(eight, blocks.stride, some, x.stride, buffer, totals);
-        add_pair<format, source, 3, tiles, tokens>(eight, blocks.stride, some, x.stride, buffer, totals);
+        fetch_lines<format, cache, tiles>(ahead, blocks.ahead_stride);
+        const auto pair = [&](auto which) {
+          add_pair<tiles, tokens>(codes + c + 2 * which, x.stride, [&](int i, int v) {
+            return load_pair<format, which()>(eight + i * blocks.stride, v);
+          }, totals);
+        };
+        pair(std::integral_constant<int, 0>{});
+        pair(std::integral_constant<int, 1>{});
+        pair(std::integral_constant<int, 2>{});
+        pair(std::integral_constant<int, 3>{});
         eight += step_bytes(format);
         ahead += blocks.ahead_step;
-        buffer += 4 * tile_rows;
       }
     }
     add_totals<format, tiles, tokens>(totals, block, blocks.stride, x, token, group, sums);
   }
 }
 
-template <Format format, Source source, int tiles, int tokens>
+template <Format format, Cache cache, int tiles, int tokens>
 inline void add_products(Blocks blocks, const Activations& x, int token, int col, Sums sums) {
   if constexpr (is_float(format))
-    add_float_products<format, source, tiles, tokens>(blocks, x, token, col, sums);
+    add_float_products<format, cache, tiles, tokens>(blocks, x, token, col, sums);
   else
-    add_integer_products<format, source, tiles, tokens>(blocks, x, token, col, sums);
+    add_integer_products<format, cache, tiles, tokens>(blocks, x, token, col, sums);
+}
+
+// `count` blocks of a tile of bf16c as blocks of bf16. `tile` is its beginning.
+inline void unpack(const u8* tile, const u8* at, int count, u8* to) {
+  using namespace simd;
+  constexpr Traits t = traits(Format::bf16c);
+  constexpr int pair_bytes = tile_rows * 4;
+  const I32 table = load_table(tile);
+  for (int left = count * (t.block_cols / 8); left > 0; --left, at += step_bytes(Format::bf16c), to += 4 * pair_bytes)
+#pragma GCC unroll 4
+    for (int v = 0; v < tile_vectors; ++v) {
+      I32 pairs[4];
+      load_compact(at, v, table, pairs);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store_i32(to + i * pair_bytes + v * i64(sizeof(I32)), pairs[i]);
+    }
 }

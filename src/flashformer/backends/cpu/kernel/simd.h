@@ -7,6 +7,8 @@
 //   any_at_least        some lane is >= limit or NaN
 //   low_bf16, high_bf16 the half of each 32-bit lane as a float
 //   load_i8             2 x lanes signed bytes as pairs of i16
+//   load_table, look_up 16 bytes; the bytes of them that v's bytes (0 .. 15) count to
+//   zip_low, zip_high   bytes of a and b in turns, from the lower or upper half of every 16 bytes
 //   dot                 sum + a.low * b.low + a.high * b.high, exact
 //   to_i32              nearest even
 //   scale_by_power      v * 2^n, for normal results

@@ -60,6 +60,12 @@ template <int bits>
 inline I32 shift_right_i16(I32 v) { return wrap(_mm256_srli_epi16(raw(v), bits)); }
 template <int bits>
 inline I32 shift_right_i32(I32 v) { return wrap(_mm256_srai_epi32(raw(v), bits)); }
+inline I32 load_table(const u8* p) {
+  return wrap(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)));
+}
+inline I32 look_up(I32 table, I32 v) { return wrap(_mm256_shuffle_epi8(raw(table), raw(v))); }
+inline I32 zip_low(I32 a, I32 b) { return wrap(_mm256_unpacklo_epi8(raw(a), raw(b))); }
+inline I32 zip_high(I32 a, I32 b) { return wrap(_mm256_unpackhi_epi8(raw(a), raw(b))); }
 inline I32 load_i8(const u8* p) {
   return wrap(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)));
 }

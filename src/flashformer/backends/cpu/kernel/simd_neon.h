@@ -51,6 +51,16 @@ inline I32 shift_right_i16(I32 v) {
 }
 template <int bits>
 inline I32 shift_right_i32(I32 v) { return vshrq_n_s32(v, bits); }
+inline I32 load_table(const u8* p) { return load_i32(p); }
+inline I32 look_up(I32 table, I32 v) {
+  return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(v)));
+}
+inline I32 zip_low(I32 a, I32 b) {
+  return vreinterpretq_s32_u8(vzip1q_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)));
+}
+inline I32 zip_high(I32 a, I32 b) {
+  return vreinterpretq_s32_u8(vzip2q_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)));
+}
 inline I32 load_i8(const u8* p) {
   return vreinterpretq_s32_s16(vmovl_s8(vreinterpret_s8_u8(vld1_u8(p))));
 }

@@ -84,6 +84,23 @@ inline I32 shift_right_i16(I32 v) {
 }
 template <int bits>
 inline I32 shift_right_i32(I32 v) { return each<I32>([&](int i) { return v.at[i] >> bits; }); }
+inline I32 load_table(const u8* p) { return load_i32(p); }
+template <class Function>
+inline I32 each_byte(Function function) {
+  u8 bytes[16];
+  for (int i = 0; i < 16; ++i) bytes[i] = function(i);
+  return load_i32(bytes);
+}
+inline u8 byte_of(I32 v, int i) { return u8(u32(v.at[i / 4]) >> 8 * (i % 4)); }
+inline I32 look_up(I32 table, I32 v) {
+  return each_byte([&](int i) { return byte_of(table, byte_of(v, i)); });
+}
+inline I32 zip_low(I32 a, I32 b) {
+  return each_byte([&](int i) { return byte_of(i % 2 ? b : a, i / 2); });
+}
+inline I32 zip_high(I32 a, I32 b) {
+  return each_byte([&](int i) { return byte_of(i % 2 ? b : a, 8 + i / 2); });
+}
 inline I32 load_i8(const u8* p) {
   return each<I32>([=](int i) { return join(i8(p[2 * i]), i8(p[2 * i + 1])); });
 }

@@ -29,6 +29,14 @@ inline Ahead ahead_of(const Step& step, const Matrix& matrix, const Cta& cta) {
   return {start, start + std::min(most, share)};
 }
 
+// Calls use(integral_constant<format>) with the format of a matrix: `format`, or bf16 where bf16c does not pay.
+template <Format format, class Use>
+void with_format(const Matrix& matrix, Use&& use) {
+  if constexpr (format == Format::bf16c && config::some_plain)
+    if (matrix.format != format) return use(std::integral_constant<Format, Format::bf16>{});
+  use(std::integral_constant<Format, format>{});
+}
+
 // Builds the activations of `rows` rows; values(row, out) writes (or finds) a row's floats.
 template <Format format, class Values>
 Activations prepare(Cta& cta, Step& step, int rows, int cols, Values&& values) {
@@ -69,8 +77,10 @@ void multiply_pieces(Cta& cta, Step& step, const Matrix& matrix, const Activatio
   const u8* tiles = step.args.image + matrix.offset;
   cta.share(first, piece, [&](int begin, int end) {
     const int tile = begin * unit, count = std::min(end * unit, matrix.num_tiles) - tile;
-    multiply<format>(tiles + tile * matrix.tile_bytes, matrix.tile_bytes, count, matrix.cols, x, space.unpacked,
-                     space.sums);
+    with_format<format>(matrix, [&](auto stored) {
+      multiply<stored()>(tiles + tile * matrix.tile_bytes, matrix.tile_bytes, count, matrix.cols, x, space.unpacked,
+                         space.sums);
+    });
     finish(tile, count, Sums{space.sums, x.tokens});
   });
 }
@@ -79,7 +89,8 @@ void multiply_pieces(Cta& cta, Step& step, const Matrix& matrix, const Activatio
 template <Format format, class Finish>
 void multiply_tiles(Cta& cta, Step& step, const Matrix& matrix, const Activations& x, Finish&& finish) {
   const auto first = [&](int owner) { return first_tile(matrix, owner); };
-  multiply_pieces<format>(cta, step, matrix, x, first, 1, max_tiles, [&](int tile, int count, Sums sums) {
+  const int at_once = x.tokens <= max_tokens ? tiles_at_once<format>(x.tokens) : 1;
+  multiply_pieces<format>(cta, step, matrix, x, first, 1, max_tiles / at_once * at_once, [&](int tile, int count, Sums sums) {
     for (int i = 0; i < count; ++i)
       for (int token = 0; token < x.tokens; ++token) finish(tile + i, token, sums.of(i, token));
   });
