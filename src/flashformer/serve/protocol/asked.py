@@ -2,7 +2,8 @@
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +47,13 @@ def read_request(fields: Sequence[Field], body: Mapping[str, Any], info: ModelIn
     return values
 
 
-def refused(error: ParameterError) -> RequestError:
-    """A parameter's error as the answer to a client."""
-    return RequestError(400, f"{error}.", error.parameter, "invalid_value")
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A parameter's error becomes the answer to a client."""
+    try:
+        yield
+    except ParameterError as error:
+        raise RequestError(400, f"{error}.", error.parameter, "invalid_value") from None
 
 
 def require_template(info: ModelInfo, field: str) -> None:

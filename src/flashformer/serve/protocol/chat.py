@@ -7,7 +7,7 @@ from typing import Any
 
 from flashformer.engine.sampling import MAX_LOGPROBS
 from flashformer.errors import ParameterError
-from flashformer.serve.protocol.asked import Asked, read_request, refused, require_template
+from flashformer.serve.protocol.asked import Asked, read_request, refusing, require_template
 from flashformer.serve.protocol.body import read_body
 from flashformer.serve.protocol.chat_answer import ChatAnswer, ChatHeader
 from flashformer.serve.protocol.common_fields import (
@@ -164,10 +164,8 @@ class ChatCompletions:
 
     def parse(self, body: bytes, info: ModelInfo) -> Asked:
         """Check a request."""
-        try:
+        with refusing():
             return _asked(read_request(FIELDS, read_body(body), info), info)
-        except ParameterError as error:
-            raise refused(error) from None
 
 
 def chat_prompt(values: Values, use: ToolUse, messages: list[dict[str, Any]]) -> ChatPrompt:
@@ -239,6 +237,17 @@ def num_logprobs(values: Values) -> int | None:
     return None
 
 
+def stream_usage(values: Values) -> dict[str, bool]:
+    """Where a stream tells its usage, for the header of its answer."""
+    options = values["stream_options"]
+    if options and not values["stream"]:
+        raise ParameterError("stream_options", "needs stream to be true")
+    return {
+        "include_usage": options.get("include_usage", False),
+        "usage_always": options.get("continuous_usage_stats", False),
+    }
+
+
 def _asked(values: Values, info: ModelInfo) -> Asked:
     require_template(info, "messages")
     form = answer_format(info.chat_template)
@@ -249,15 +258,11 @@ def _asked(values: Values, info: ModelInfo) -> Asked:
     if values["skip_special_tokens"] is None:
         fixed["skip_special_tokens"] = shown_tokens(form, use)
     params = sampling_params(FIELDS, values, info, **fixed)
-    options = values["stream_options"]
-    if options and not values["stream"]:
-        raise ParameterError("stream_options", "needs stream to be true")
     header = ChatHeader(
         model=info.model_id,
         fingerprint=info.fingerprint,
         num_logprobs=logprobs,
-        include_usage=options.get("include_usage", False),
-        usage_always=options.get("continuous_usage_stats", False),
+        **stream_usage(values),
     )
     return Asked(
         stream=values["stream"],

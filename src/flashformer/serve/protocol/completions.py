@@ -8,13 +8,14 @@ from typing import Any
 from flashformer.engine import checks
 from flashformer.engine.sampling import MAX_LOGPROBS
 from flashformer.errors import ParameterError
-from flashformer.serve.protocol.asked import Asked, read_request, refused
+from flashformer.serve.protocol.asked import Asked, read_request, refusing
 from flashformer.serve.protocol.body import read_body
 from flashformer.serve.protocol.chat import (
     RESPONSE_FORMAT,
     STREAM_OPTIONS,
     STRUCTURED_OUTPUTS,
     one_shape,
+    stream_usage,
 )
 from flashformer.serve.protocol.common_fields import (
     CHOICE,
@@ -109,10 +110,8 @@ class Completions:
 
     def parse(self, body: bytes, info: ModelInfo) -> Asked:
         """Check a request."""
-        try:
+        with refusing():
             return _asked(read_request(FIELDS, read_body(body), info), info)
-        except ParameterError as error:
-            raise refused(error) from None
 
 
 def _asked(values: Values, info: ModelInfo) -> Asked:
@@ -127,8 +126,6 @@ def _asked(values: Values, info: ModelInfo) -> Asked:
         )
     if len(given) * params.n > MAX_PROMPTS:
         raise ParameterError("n", f"asks for more than {MAX_PROMPTS} texts of all prompts together")
-    if values["stream_options"] and not values["stream"]:
-        raise ParameterError("stream_options", "needs stream to be true")
     rules = AnswerRules(AnswerFormat(), shape=one_shape(values))
     header = CompletionHeader(
         model=info.model_id,
@@ -138,8 +135,7 @@ def _asked(values: Values, info: ModelInfo) -> Asked:
         echo=values["echo"],
         scoring=scoring,
         shows_prompt_logprobs=values["prompt_logprobs"] is not None,
-        include_usage=values["stream_options"].get("include_usage", False),
-        usage_always=values["stream_options"].get("continuous_usage_stats", False),
+        **stream_usage(values),
         bos_token_id=info.bos_token_id,
     )
     special = values["add_special_tokens"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from flashformer.engine import checks
 from flashformer.errors import ParameterError
-from flashformer.serve.protocol.asked import Asked, read_request, refused, require_template
+from flashformer.serve.protocol.asked import Asked, read_request, refusing, require_template
 from flashformer.serve.protocol.body import read_body
 from flashformer.serve.protocol.chat import (
     STRUCTURED_OUTPUTS,
@@ -84,20 +84,16 @@ class Messages:
 
     def parse(self, body: bytes, info: ModelInfo) -> Asked:
         """Check a request."""
-        try:
+        with refusing():
             return _asked(read_request(FIELDS, read_body(body), info), info)
-        except ParameterError as error:
-            raise refused(error) from None
 
 
 def parse_count(body: bytes, info: ModelInfo) -> ChatPrompt:
     """The conversation of `/v1/messages/count_tokens`."""
-    try:
+    with refusing():
         values = read_request(COUNT_FIELDS, read_body(body), info)
         require_template(info, "messages")
         return _prompt(values, _use(values))
-    except ParameterError as error:
-        raise refused(error) from None
 
 
 def _use(values: Values) -> ToolUse:

@@ -8,7 +8,7 @@ from typing import Any
 from flashformer.engine import checks
 from flashformer.engine.sampling import MAX_LOGPROBS
 from flashformer.errors import ParameterError
-from flashformer.serve.protocol.asked import Asked, read_request, refused, require_template
+from flashformer.serve.protocol.asked import Asked, read_request, refusing, require_template
 from flashformer.serve.protocol.body import read_body
 from flashformer.serve.protocol.chat import (
     EFFORTS,
@@ -115,10 +115,8 @@ class Responses:
     def parse(self, body: bytes, info: ModelInfo) -> Asked:
         """Check a request."""
         content = read_body(body)
-        try:
+        with refusing():
             return _asked(read_request(FIELDS, content, info), content, info)
-        except ParameterError as error:
-            raise refused(error) from None
 
 
 def _asked(values: Values, content: dict[str, Any], info: ModelInfo) -> Asked:

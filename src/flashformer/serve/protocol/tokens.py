@@ -7,7 +7,7 @@ from typing import Any
 
 from flashformer.engine import checks
 from flashformer.errors import ParameterError
-from flashformer.serve.protocol.asked import read_request, refused, require_template
+from flashformer.serve.protocol.asked import read_request, refusing, require_template
 from flashformer.serve.protocol.body import read_body
 from flashformer.serve.protocol.chat import TEMPLATE_KWARGS_FIELD, conversation_prompt
 from flashformer.serve.protocol.common_fields import MODEL
@@ -64,7 +64,7 @@ class TokenizeRequest:
 
 def parse_tokenize(body: bytes, info: ModelInfo) -> TokenizeRequest:
     """Check a request of `/tokenize`."""
-    try:
+    with refusing():
         values = read_request(TOKENIZE_FIELDS, read_body(body), info)
         text, messages = values["prompt"], values["messages"]
         if (text is None) == (messages is None):
@@ -80,8 +80,6 @@ def parse_tokenize(body: bytes, info: ModelInfo) -> TokenizeRequest:
             generation_prompt=values["add_generation_prompt"],
         )
         return TokenizeRequest(prompt, with_texts)
-    except ParameterError as error:
-        raise refused(error) from None
 
 
 def tokenize_body(
@@ -99,10 +97,8 @@ def tokenize_body(
 
 def parse_detokenize(body: bytes, info: ModelInfo) -> tuple[int, ...]:
     """The token ids of a request of `/detokenize`."""
-    try:
+    with refusing():
         values = read_request(DETOKENIZE_FIELDS, read_body(body), info)
-    except ParameterError as error:
-        raise refused(error) from None
     token_ids: tuple[int, ...] = values["tokens"]
     for place, token_id in enumerate(token_ids):
         if token_id >= info.vocab_size:

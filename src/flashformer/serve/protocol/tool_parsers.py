@@ -5,16 +5,16 @@ where the text is cut. What looks like a call and is none stays text.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
-from flashformer.serve.protocol.pieces import Content, Piece
+from flashformer.serve.protocol.incremental import SPACE, Incremental, State, content
+from flashformer.serve.protocol.pieces import Piece
 from flashformer.serve.protocol.scanner import MAX_NAME, CallScanner
 
 HERMES_OPEN, HERMES_CLOSE = "<tool_call>", "</tool_call>"
 MISTRAL_OPEN = "[TOOL_CALLS]"
 LLAMA_OPEN = "<|python_tag|>"
-_SPACE = " \t\r\n"
 _MISTRAL_NAME = re.compile(r"([\w.:-]+)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*)?")
 _LONGEST_HEAD = MAX_NAME + 64  # of a call in Mistral's later format, before its arguments
 
@@ -31,46 +31,19 @@ class ToolParser(Protocol):
         ...
 
 
-def held_back(text: str, tag: str) -> int:
-    """Length of the end of `text` that may start `tag`, with the white space before it."""
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if tag.startswith(text[len(text) - length :]):
-            break
-    else:
-        length = 0
-    return len(text) - len(text[: len(text) - length].rstrip(_SPACE))
+class _Parser(Incremental):
+    """Common to all formats: the call that is being read, and what stood before it."""
 
-
-def content(text: str) -> list[Piece]:
-    """A piece, unless it would be empty."""
-    return [Content(text)] if text else []
-
-
-class _Parser:
-    """Common to all formats: a pending text and the states that consume it."""
-
-    def __init__(self, state: "Callable[[], list[Piece] | None]") -> None:
-        self._state = state  # consumes pending text; None: it needs more
-        self._pending = ""
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
         self._scanner: CallScanner | None = None
         self._count = 0
         self._head = ""  # what stood before the call, in case it is none
 
-    def add(self, text: str) -> list[Piece]:
-        """See `ToolParser`."""
-        self._pending += text
-        pieces: list[Piece] = []
-        while self._pending:
-            news = self._state()
-            if news is None:
-                break
-            pieces += news
-        return pieces
-
     def finish(self) -> list[Piece]:
         """See `ToolParser`."""
         scanner, self._scanner = self._scanner, None
-        rest, self._pending = self._pending, ""
+        rest = self._take_rest()
         if scanner is None:
             return content(rest if self._keeps_rest() else "")
         return [] if scanner.begun else content(self._head + scanner.raw + rest)
@@ -104,11 +77,6 @@ class _Parser:
             return []
         return content(self._head + scanner.raw)
 
-    def _drop_space(self) -> bool:
-        """Whether there is anything but white space."""
-        self._pending = self._pending.lstrip(_SPACE)
-        return bool(self._pending)
-
 
 class HermesParser(_Parser):
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen and many others."""
@@ -117,14 +85,9 @@ class HermesParser(_Parser):
         super().__init__(self._in_text)
 
     def _in_text(self) -> list[Piece] | None:
-        place = self._pending.find(HERMES_OPEN)
-        if place < 0:
-            keep = held_back(self._pending, HERMES_OPEN)
-            text = self._pending[: len(self._pending) - keep]
-            self._pending = self._pending[len(text) :]
+        text, begins = self._take_until(HERMES_OPEN)
+        if not begins:
             return content(text) or None
-        text = self._pending[:place].rstrip(_SPACE)
-        self._pending = self._pending[place + len(HERMES_OPEN) :]
         self._begin_call(HERMES_OPEN)
         self._state = self._in_call
         return content(text)
@@ -167,7 +130,7 @@ class LlamaParser(_Parser):
         self._names = frozenset(names)
 
     def _at_start(self) -> list[Piece] | None:
-        text = self._pending.lstrip(_SPACE)
+        text = self._pending.lstrip(SPACE)
         if not text or (LLAMA_OPEN.startswith(text) and text != LLAMA_OPEN):
             return None
         if text.startswith(LLAMA_OPEN):
@@ -177,10 +140,10 @@ class LlamaParser(_Parser):
         return self._call_or_text()
 
     def _behind_tag(self) -> list[Piece] | None:
-        return self._call_or_text() if self._pending.lstrip(_SPACE) else None
+        return self._call_or_text() if self._pending.lstrip(SPACE) else None
 
     def _call_or_text(self) -> list[Piece] | None:
-        text = self._pending.lstrip(_SPACE)
+        text = self._pending.lstrip(SPACE)
         if not text.startswith("{"):
             self._state = self._in_text
             return []
@@ -198,15 +161,14 @@ class LlamaParser(_Parser):
         return pieces
 
     def _between(self) -> list[Piece] | None:
-        text = self._pending.lstrip(_SPACE + ";")
+        text = self._pending.lstrip(SPACE + ";")
         if not text:
             return None
         self._pending = text
         return self._call_or_text()
 
     def _in_text(self) -> list[Piece] | None:
-        text, self._pending = self._pending, ""
-        return content(text)
+        return content(self._take_rest())
 
     def _keeps_rest(self) -> bool:
         return self._state != self._between
@@ -221,14 +183,9 @@ class MistralParser(_Parser):
         self._tag = "" if inside else MISTRAL_OPEN
 
     def _in_text(self) -> list[Piece] | None:
-        place = self._pending.find(MISTRAL_OPEN)
-        if place < 0:
-            keep = held_back(self._pending, MISTRAL_OPEN)
-            text = self._pending[: len(self._pending) - keep]
-            self._pending = self._pending[len(text) :]
+        text, begins = self._take_until(MISTRAL_OPEN)
+        if not begins:
             return content(text) or None
-        text = self._pending[:place].rstrip(_SPACE)
-        self._pending = self._pending[place + len(MISTRAL_OPEN) :]
         self._tag = MISTRAL_OPEN
         self._state = self._behind_tag
         return content(text)
@@ -281,7 +238,7 @@ class MistralParser(_Parser):
         return []
 
     def _in_array(self) -> list[Piece] | None:
-        self._pending = self._pending.lstrip(_SPACE + ",")
+        self._pending = self._pending.lstrip(SPACE + ",")
         if not self._pending:
             return None
         if self._pending[0] == "]":

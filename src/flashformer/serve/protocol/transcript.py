@@ -6,6 +6,7 @@
 from dataclasses import dataclass, field
 
 from flashformer.engine.sequence import Logprobs
+from flashformer.serve.protocol.incremental import content
 from flashformer.serve.protocol.pieces import (
     CallArguments,
     CallBegin,
@@ -14,7 +15,7 @@ from flashformer.serve.protocol.pieces import (
     Reasoning,
 )
 from flashformer.serve.protocol.reasoning import ReasoningParser
-from flashformer.serve.protocol.tool_parsers import ToolParser, content
+from flashformer.serve.protocol.tool_parsers import ToolParser
 from flashformer.serve.server.messages import GenerateEvent
 
 
