@@ -9,8 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from roofline import roofline
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PICTURE = ROOT / "docs" / "roofline.svg"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COMPARISON = (
     "| model | format | test | FlashFormer tok/s | share of bandwidth | {peer} tok/s | ratio |",
@@ -29,18 +32,34 @@ PROMPTS = (
     "|---|---|---:|---:|---:|",
 )
 
+SUITE = (
+    "| model | context | batch | tok/s | µs/step | GB/s of limit | reached | target | met |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+)
+BASELINES = (
+    "| model | context | decoded by | tok/s | µs/token | share of limit | time against ours |",
+    "|---|---:|---|---:|---:|---:|---:|",
+)
+ABLATION = (
+    "| model | the kernel | µs/token | share of limit | against the kernel, µs |",
+    "|---|---|---:|---:|---:|",
+)
+
 
 def main() -> None:
     """Rewrite the README, or with --check only say whether it is up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = with_tables(old, load_results(RESULTS))
+    results = load_results(RESULTS)
+    readme = ROOT / "README.md"
+    made = {readme: with_tables(readme.read_text(), results)}
+    if picture := roofline(results):
+        made[PICTURE] = picture
     if arguments.check:
-        raise SystemExit(int(new != old))
-    path.write_text(new)
+        raise SystemExit(any(not p.exists() or p.read_text() != t for p, t in made.items()))
+    for path, text in made.items():
+        path.write_text(text)
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
@@ -70,7 +89,8 @@ def tables(results: list[dict[str, Any]]) -> str:
         rows = newest.setdefault(place, {})
         for case, line in rows_of(result):
             rows[case] = (line, result["file"])
-    parts = []
+    has_picture = any(kind == "suite" for _, kind in newest)
+    parts = ["\n![Every model below the roof](docs/roofline.svg)\n"] if has_picture else []
     for place, rows in newest.items():
         files = sorted({file for _, file in rows.values()})
         links = ", ".join(
@@ -140,6 +160,69 @@ def prompt_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     return rows
 
 
+def suite_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Case and line of every row of a suite."""
+    rows = []
+    for model in result["models"]:
+        limit = median(model["read_gb_s"]) if model["read_gb_s"] else 0.0
+        for reached in model["reached"]:
+            row, share = reached["row"], reached["what"] == "share"
+            sign, bound = "≥" if share else "≤", reached["bound"]
+            cells = (
+                f"{model['loaded']['shape']} {model['loaded']['format']}",
+                str(row["depth"]),
+                str(row["batch"]),
+                f"{row['tok_s']:.1f}",
+                f"{1e3 * row['ms_per_step']:.0f}",
+                f"{row['gb_s']:.0f} of {limit:.0f}",
+                amount(reached["what"], reached["value"]),
+                "" if bound is None else f"{sign} {amount(reached['what'], bound)}",
+                {True: "yes", False: "no", None: ""}[reached["met"]],
+            )
+            rows.append(((reached["name"],), "| " + " | ".join(cells) + " |"))
+    return rows
+
+
+def amount(what: str, value: float) -> str:
+    """A value of a suite with what it is."""
+    if what == "share":
+        return f"{value:.1%}"
+    return f"{value:.3f} x" if what == "step ratio" else f"p99 {value:.3f} x median"
+
+
+def baseline_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Case and line of every peer beside the whole-model kernel."""
+    rows = []
+    for model in result["models"]:
+        for peer in model["peers"]:
+            case = (model["name"], str(model["context"]), peer["name"])
+            cells = (
+                *case,
+                f"{1e6 / peer['us_per_token']:.1f}",
+                f"{peer['us_per_token']:.0f}",
+                f"{peer['share']:.1%}",
+                f"{peer['times_ours']:.2f} x",
+            )
+            rows.append((case, "| " + " | ".join(cells) + " |"))
+    return rows
+
+
+def ablation_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Case and line of every part that was taken out of the kernel."""
+    rows = []
+    for model in result["models"]:
+        for variant in model["variants"]:
+            case = (model["name"], variant["name"])
+            cells = (
+                *case,
+                f"{variant['us_per_token']:.0f}",
+                f"{variant['share']:.1%}",
+                f"{variant['us_per_token'] - model['variants'][0]['us_per_token']:+.0f}",
+            )
+            rows.append((case, "| " + " | ".join(cells) + " |"))
+    return rows
+
+
 def neighbour_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     """Case and line of each engine beside a busy neighbour."""
     rows = []
@@ -159,6 +242,9 @@ KINDS = {
     "comparison": (COMPARISON, comparison_rows),
     "neighbour": (NEIGHBOUR, neighbour_rows),
     "prefill": (PROMPTS, prompt_rows),
+    "suite": (SUITE, suite_rows),
+    "baselines": (BASELINES, baseline_rows),
+    "ablation": (ABLATION, ablation_rows),
 }
 
 

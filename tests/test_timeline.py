@@ -141,6 +141,9 @@ class Recorded:
     def timeline(self):
         return recorded()
 
+    def read_bandwidth(self):
+        return 1000.0
+
 
 def test_profile_prints_a_table_and_writes_a_trace(cli, monkeypatch, tmp_path):
     monkeypatch.setattr("flashformer.serve.profile.open_profiled", Recorded)
@@ -157,6 +160,9 @@ def test_profile_prints_a_table_and_writes_a_trace(cli, monkeypatch, tmp_path):
     assert document["stages"][0]["stage"] == "embed"
     assert len(document["token_us"]) == 2
     assert document["bytes_per_token"] > 0
+    total = sum(part["us"] for part in document["waterfall"])
+    assert total == pytest.approx(np.mean(document["token_us"]))
+    assert "µs idle of" in ended.out
 
 
 def test_profile_without_a_gpu_says_so_in_one_sentence(cli):

@@ -176,6 +176,10 @@ class Timed(Backend, Protocol):
         """The last launch's moments (codegen/instruments.py): [num_ctas, tracks, moments, 2]."""
         ...
 
+    def read_bandwidth(self) -> float:
+        """10^9 bytes a second of the ring over the image, without work and hand-offs."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:

@@ -35,6 +35,7 @@ from flashformer.serve.benchmark.timeline import (
     token_us,
     whole_steps,
 )
+from flashformer.serve.benchmark.waterfall import lines, waterfall
 from flashformer.serve.terminal import Terminal, write_json
 
 MAX_TRACED_STEPS = 16
@@ -88,13 +89,22 @@ def profile(
                 steps.run(case)
             slices = whole_steps(slices_of(backend.timeline()))
             bytes_per_step = backend.plan.bytes_per_step(depth + tokens, batch)
+            read_gb_s = backend.read_bandwidth()
     title = f"{found.name} {name}, batch {batch}, context {depth}"
     output.write_text(json.dumps(chrome_trace(slices, title), separators=(",", ":")))
-    document = {**provenance(commit), **to_json(title, slices, bytes_per_step, output)}
+    parts = waterfall(slices, bytes_per_step, read_gb_s)
+    document = {
+        **provenance(commit),
+        **to_json(title, slices, bytes_per_step, output),
+        "gpu": {"name": machine.name},
+        "read_gb_s": read_gb_s,
+        "waterfall": [asdict(part) for part in parts],
+    }
     if as_json:
         write_json(document)
     else:
-        sys.stdout.write(to_text(document, stage_times(slices)) + "\n")
+        told = [to_text(document, stage_times(slices)), "", *lines(parts, read_gb_s)]
+        sys.stdout.write("\n".join(told if parts else told[:1]) + "\n")
 
 
 def moments_of(spec: ModelSpec, tokens: int) -> int:
