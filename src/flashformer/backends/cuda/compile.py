@@ -68,13 +68,16 @@ def compile_kernel(
     return Cubin((folder / "kernel.cubin").read_bytes(), resources)
 
 
-def build_cubin(header: str, name: str, arch: str) -> Cubin:
-    """Compile kernel/`name`.cu with `header` as config.h. Raises `CompileError`."""
+def build_cubin(header: str, name: str, arch: str, folder: Path | None = None) -> Cubin:
+    """Compile `name`.cu of `folder` (default: kernel/) with `header` as config.h and all of kernel/.
+
+    Raises `CompileError`.
+    """
     from cuda.bindings import nvrtc
 
-    headers = {path.name: path.read_bytes() for path in sorted(KERNEL.glob("*.cuh"))}
+    headers = {path.name: path.read_bytes() for path in sorted(KERNEL.glob("*.cu*"))}
     headers["config.h"] = header.encode()
-    source = (KERNEL / f"{name}.cu").read_bytes()
+    source = ((folder or KERNEL) / f"{name}.cu").read_bytes()
     names = [n.encode() for n in headers]
     status, program = nvrtc.nvrtcCreateProgram(
         source, f"{name}.cu".encode(), len(headers), list(headers.values()), names
