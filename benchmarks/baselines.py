@@ -94,9 +94,8 @@ class Compiled:
         self, token: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token [1, 1] and the logits [vocab_size] of one token."""
-        more: dict[str, Any] = {
-            "cache" if "cache" in self._known else "past_key_values": self.cache
-        }
+        cache_name = "cache" if "cache" in self._known else "past_key_values"
+        more: dict[str, Any] = {cache_name: self.cache}
         if "cache_position" in self._known:
             more["cache_position"] = position
         found = self.model(input_ids=token, position_ids=position[None], use_cache=True, **more)

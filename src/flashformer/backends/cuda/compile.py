@@ -69,9 +69,9 @@ def compile_kernel(
 
 
 def build_cubin(header: str, name: str, arch: str, folder: Path | None = None) -> Cubin:
-    """Compile `name`.cu of `folder` (default: kernel/) with `header` as config.h and all of kernel/.
+    """Compile `name`.cu with `header` as config.h and all of kernel/ beside it.
 
-    Raises `CompileError`.
+    `folder`: where it lies (default: kernel/). Raises `CompileError`.
     """
     from cuda.bindings import nvrtc
 
