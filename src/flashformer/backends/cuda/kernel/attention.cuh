@@ -231,8 +231,8 @@ struct WarpAttention {
   }
 };
 
-// Merge the warps in order; write(head, dim, value, maximum, sum) gets the unit's unnormalised sums. Whole groups of
-// eight lanes call it with eight neighbouring dims of one head.
+// Merge the warps in order; write(head, dim, value, maximum, sum) gets the unit's unnormalised sums. Whole warps call it, groups of
+// eight lanes with eight neighbouring dims of one head; from head_dim on there is nothing to write.
 template <class Write>
 __device__ __forceinline__ void merge_warps(const Cta& cta, const AttentionScratch& scratch, WarpAttention& own,
                                             Write&& write) {
@@ -261,9 +261,11 @@ __device__ __forceinline__ void merge_warps(const Cta& cta, const AttentionScrat
       }
     }
     cta.consumer_sync();
-    for (int i = cta.thread; i < config::group * output_dims; i += num_consumers) {
+    constexpr int outputs = config::group * output_dims;
+    for (int output = cta.thread; output < (outputs + 31) / 32 * 32; output += num_consumers) {
+      const int i = min(output, outputs - 1);
       const int head = i / output_dims;
-      const int dim = first + i % output_dims;
+      const int dim = output < outputs ? first + i % output_dims : config::head_dim;
       float top = -infinity;
 #pragma unroll
       for (int w = 0; w < num_consumer_warps; ++w) top = fmaxf(top, scratch.stats[(w * 16 + head) * 2]);
