@@ -74,12 +74,12 @@ def prompt(number: int) -> dict[str, Any]:
 
 def long_prompt(number: int) -> dict[str, Any]:
     """One whose prompt takes many steps."""
-    return {**STREAM, "prompt": [number % 200, *range(100, 200)] * 15, "max_tokens": 30}
+    return {**STREAM, "prompt": [number % 200, *range(100, 200)] * 9, "max_tokens": 30}
 
 
 def chat() -> dict[str, Any]:
     """A conversation."""
-    return {**STREAM, "messages": [{"role": "user", "content": "word " * 2000}], "max_tokens": 9}
+    return {**STREAM, "messages": [{"role": "user", "content": "word " * 800}], "max_tokens": 9}
 
 
 def formed(number: int) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def fill_cache(server: Running) -> None:
     """Write to every KV page once: the system provides memory when it is first written."""
     for number in range(9):
-        server.ask(body={"prompt": [number] * 2000, "max_tokens": 1})
+        server.ask(body={"prompt": [number] * 1000, "max_tokens": 1})
 
 
 def one_round(server: Running, num_clients: int, rng: random.Random) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def one_round(server: Running, num_clients: int, rng: random.Random) -> dict[str
     for number in range(num_clients):
         way = WAYS[number % len(WAYS)]
         stay = 1e9 if way == "to-the-end" else rng.uniform(0, LONGEST_STAY)
-        tokens = 4 if way == "to-the-end" else rng.choice((30, 300, 1500))
+        tokens = 4 if way == "to-the-end" else rng.choice((30, 300, 900))
         body = {"prompt": [5, 9, number % 200], "max_tokens": tokens, "ignore_eos": True}
         sock = server.open({**body, "stream": True, "seed": number})
         sock.setblocking(False)

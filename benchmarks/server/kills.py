@@ -59,7 +59,7 @@ def kill_in(phase: str, rng: random.Random, cache: Path) -> float:
         process.wait()
         return outlived(family)
     server = Running()
-    socks = [server.open({**BODY, "max_tokens": 1500, "stream": True}) for _ in range(8)]
+    socks = [server.open({**BODY, "max_tokens": 900, "stream": True}) for _ in range(8)]
     time.sleep(rng.uniform(0.0, 0.3))
     family = children(server.pid)
     if phase == "engine amid decode":

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from running import Running, run_and_record
+from running import CONTEXT, Running, run_and_record
 
 from flashformer import LLM, SamplingParams
 
@@ -18,7 +18,6 @@ NUM_STREAMS = 8
 NUM_TOKENS = 1000
 REPEATS = 7
 LIMIT_US = 150.0
-CONTEXT = 2048
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from flashformer.serve.benchmark.provenance import provenance, system
 
 RESULTS = Path(__file__).parent.parent / "results" / "server"
 PATH = "/v1/completions"
+CONTEXT = 1024  # the longest of the default model
 _METRIC = re.compile(r"^flashformer:(\w+) ([0-9.e+-]+)$", re.MULTILINE)
 
 
 class Running:
     """`flashformer serve` on a free port of loopback."""
 
-    def __init__(self, *flags: str, device: str = "cpu", context: int = 2048) -> None:
+    def __init__(self, *flags: str, device: str = "cpu", context: int = CONTEXT) -> None:
         self._process = spawn(*flags, device=device, context=context)
         self.port = self._port()
         # From here on the log goes nowhere; a full pipe would stop the server.
@@ -118,7 +119,7 @@ class Running:
         }
 
 
-def spawn(*flags: str, device: str = "cpu", context: int = 2048) -> "subprocess.Popen[str]":
+def spawn(*flags: str, device: str = "cpu", context: int = CONTEXT) -> "subprocess.Popen[str]":
     """The process, which has only just begun to load."""
     command = [sys.executable, "-m", "flashformer", "serve", "--port", "0", "--seed", "0"]
     command += ["--device", device, "--context", str(context), *flags]
