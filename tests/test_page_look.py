@@ -71,6 +71,11 @@ def test_everything_can_be_done_with_the_keyboard(pages):
     expect(page.get_by_role("log")).to_have_attribute("aria-busy", "true")
     page.keyboard.press("Escape")
     expect(page.locator(".turn footer")).to_contain_text("stopped")
+    page.get_by_role("button", name="Retry").press("Enter")
+    expect(page.get_by_role("log")).to_be_focused()  # the button has gone
+    page.get_by_role("button", name="Stop", exact=True).press("Enter")
+    expect(page.get_by_role("button", name="Send")).to_be_focused()
+    expect(page.locator(".turn footer")).to_contain_text("stopped")
     expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
     expect(page.locator("#announcer")).to_contain_text("stopped")
 
@@ -114,6 +119,18 @@ def test_it_fits_a_phone_and_can_be_read_in_either_scheme(pages, scheme):
         }"""
     )
     assert min(ratios.values()) >= 4.5, ratios
+
+
+def test_a_browser_that_may_keep_nothing_shows_the_page_all_the_same(pages):
+    forbid = """for (const name of ["localStorage", "sessionStorage"]) {
+        Object.defineProperty(window, name, { get() { throw new DOMException("no"); } });
+    }"""
+    page = pages.open(before=lambda p: p.add_init_script(forbid))
+    page.get_by_role("button", name="Colours: as the system").click()
+    sample(page, max_tokens=3)
+    send(page)
+    wait_for_end(page)
+    expect(page.locator(".turn footer")).to_contain_text("3 tokens")
 
 
 def test_colours_follow_the_system_until_a_person_chooses(pages):

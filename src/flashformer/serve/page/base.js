@@ -18,6 +18,25 @@ function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** What the browser keeps for this page: `local` for good, `session` for this tab. A person may
+ * have forbidden it to keep anything; then the page forgets. */
+const kept = {
+  get(kind, place) {
+    try {
+      return window[`${kind}Storage`].getItem(place);
+    } catch {
+      return null;
+    }
+  },
+  set(kind, place, text) {
+    try {
+      window[`${kind}Storage`].setItem(place, text);
+    } catch {
+      // Forbidden, or full: nothing here is worth a word about it.
+    }
+  },
+};
+
 /** Tell a screen reader what the eye sees by itself. */
 const announce = (text) => say(byId("announcer"), text);
 

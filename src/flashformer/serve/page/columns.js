@@ -86,6 +86,7 @@ class Column {
 
   /** Only the last answer can be had again or gone on with: later ones stand on the others. */
   changed() {
+    if (!this.isRunning && document.activeElement === this.stopButton) this.body.focus();
     this.body.setAttribute("aria-busy", String(this.isRunning));
     this.stopButton.hidden = !this.isRunning;
     this.turns.forEach((turn, place) => {
@@ -165,8 +166,17 @@ const columns = {
     say(byId("count"), plural(count, "stream"));
     byId("fewer").disabled = count <= 1;
     byId("more").disabled = count >= MAX_COLUMNS;
-    byId("stop").hidden = !this.isRunning;
-    byId("send").hidden = this.isRunning;
+    this.showButton();
+  },
+
+  /** Send or Stop, in one place: the focus stays there. */
+  showButton() {
+    const names = this.isRunning ? ["stop", "send"] : ["send", "stop"];
+    const [shown, hidden] = names.map(byId);
+    const wasFocused = document.activeElement === hidden;
+    shown.hidden = false;
+    hidden.hidden = true;
+    if (wasFocused) shown.focus();
   },
 };
 

@@ -2,6 +2,7 @@
 
 const wide = matchMedia("(min-width: 901px)");
 const HINTS = {
+  running: "The streams are still writing; Esc stops them.",
   greedy: "At temperature 0 every stream writes the same; set a temperature under Sampling to see them differ.",
 };
 
@@ -14,7 +15,11 @@ function notice(text, isHint = false) {
 
 function send() {
   const prompt = byId("prompt").value;
-  if (columns.isRunning || !prompt.trim()) return;
+  if (!prompt.trim()) return;
+  if (columns.isRunning) {
+    notice(HINTS.running, true);
+    return;
+  }
   const wrong = settings.firstWrong();
   if (wrong) {
     showSettings(true);

@@ -17,7 +17,7 @@ class ServerError extends Error {
 }
 
 const server = {
-  key: sessionStorage.getItem(KEY_PLACE),
+  key: kept.get("session", KEY_PLACE),
   asking: null, // a promise while the dialog is open
 
   /** A response that is good; a wrong or missing key is asked for. */
@@ -88,7 +88,7 @@ const server = {
       byId("key-form").onsubmit = (event) => {
         event.preventDefault();
         this.key = byId("key").value.trim();
-        sessionStorage.setItem(KEY_PLACE, this.key);
+        kept.set("session", KEY_PLACE, this.key);
         byId("key").value = "";
         dialog.close();
         this.asking = null;

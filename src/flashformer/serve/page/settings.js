@@ -58,21 +58,16 @@ const settings = {
   changed() {
     byId("system-field").hidden = this.isText;
     byId("prompt").placeholder = this.isText ? "A text to go on with" : "A message";
-    const kept = this.hasChosen ? { mode: this.form().mode.value } : {};
-    for (const name of NUMBERS) kept[name] = this.form()[name].value;
-    localStorage.setItem(SETTINGS_PLACE, JSON.stringify(kept));
+    const values = this.hasChosen ? { mode: this.form().mode.value } : {};
+    for (const name of NUMBERS) values[name] = this.form()[name].value;
+    kept.set("local", SETTINGS_PLACE, JSON.stringify(values));
   },
 
   restore() {
-    let kept = {};
-    try {
-      kept = JSON.parse(localStorage.getItem(SETTINGS_PLACE)) ?? {};
-    } catch {
-      localStorage.removeItem(SETTINGS_PLACE);
-    }
-    for (const name of NUMBERS) this.form()[name].value = kept[name] ?? "";
-    if (kept.mode) this.form().mode.value = kept.mode;
-    this.hasChosen = Boolean(kept.mode);
+    const values = JSON.parse(kept.get("local", SETTINGS_PLACE)) ?? {};
+    for (const name of NUMBERS) this.form()[name].value = values[name] ?? "";
+    this.hasChosen = Boolean(values.mode);
+    if (this.hasChosen) this.form().mode.value = values.mode;
     this.changed();
   },
 
@@ -89,7 +84,7 @@ function shownDefault(name, value) {
 }
 
 const theme = {
-  chosen: localStorage.getItem(THEME_PLACE) ?? "auto",
+  chosen: kept.get("local", THEME_PLACE) ?? "auto",
 
   show() {
     if (this.chosen === "auto") delete document.documentElement.dataset.theme;
@@ -102,7 +97,7 @@ const theme = {
 
   next() {
     this.chosen = THEMES[(THEMES.indexOf(this.chosen) + 1) % THEMES.length];
-    localStorage.setItem(THEME_PLACE, this.chosen);
+    kept.set("local", THEME_PLACE, this.chosen);
     this.show();
   },
 };

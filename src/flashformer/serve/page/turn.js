@@ -91,6 +91,7 @@ class Turn {
     }
     this.problem.hidden = true;
     this.node.classList.add("running");
+    if (this.footer.contains(document.activeElement)) this.column.body.focus();
     this.further.hidden = this.again.hidden = this.copy.hidden = true;
     say(this.figures, "waits for its first token");
     this.column.changed();
@@ -146,7 +147,7 @@ class Turn {
     this.answer.end();
     this.node.classList.remove("running");
     this.further.hidden = this.finish !== "length" || !this.answer.text;
-    this.copy.hidden = !this.answer.text;
+    this.copy.hidden = !this.answer.text || !navigator.clipboard; // only where it is secure
     const ended = ENDS[this.finish] ?? this.finish;
     const parts = [this.first ? this.speed() : this.finish === "stop" ? "nothing to add" : "", ended, `seed ${this.seed}`];
     say(this.figures, parts.filter(Boolean).join(" · "));
