@@ -1,0 +1,186 @@
+// The decoder with one of its ideas taken out, to see what the idea is worth; everything else is decode.cu itself.
+// ablation.py defines which. For one token a step.
+#include "attention.cuh"
+#include "sample.cuh"
+
+#if defined(ABLATE_RING)
+// The ring stops at a stage's end: nothing of the next stage is read before the consumers have used up this one.
+__device__ __forceinline__ void wait_until_empty(const RingWriter& ring) {
+  RingPosition slot = ring.next;
+  for (int i = 0; i < ring.cta.args.num_slots; ++i) {
+    ring.cta.wait(&ring.cta.shared.empty[slot.slot], slot.parity, WaitKind::slot_empty);
+    slot.advance(ring.cta.args.num_slots);
+  }
+}
+template <Kind kind>
+__device__ __forceinline__ void stream_and_stop(RingWriter& ring, int layer) {
+  stream_tiles<kind>(ring, layer);
+  wait_until_empty(ring);
+}
+__device__ __forceinline__ void stream_past_and_stop(RingWriter& ring, int layer, int step) {
+  stream_past(ring, layer, step);
+  wait_until_empty(ring);
+}
+#define stream_tiles stream_and_stop
+#define stream_past stream_past_and_stop
+
+#elif defined(ABLATE_TENSOR_CORES)
+// Products by FFMA: weights and activations are widened to fp32 in the order in which they lie.
+__device__ __forceinline__ void widen(u32 pair, float& lo, float& hi) {
+  lo = __uint_as_float(pair << 16);
+  hi = __uint_as_float(pair & 0xffff0000u);
+}
+__device__ __forceinline__ float dot(u32 weights, float lo, float hi, float sum) {
+  float w_lo, w_hi;
+  widen(weights, w_lo, w_hi);
+  return fmaf(w_hi, hi, fmaf(w_lo, lo, sum));
+}
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+template <class S>
+__device__ __forceinline__ void ffma_matvec(const Cta& cta, RingReader& ring, Parts& parts) {
+  static_assert(max_rows == 1 && !S::windowed && !config::weights_f16);
+  constexpr int most = S::chunk_bytes / 512;  // fragments of a chunk
+  const Share<S> share(cta);
+  const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
+#pragma unroll 1
+  for (int tile = 0; tile < num_tiles; ++tile, ++parts.tile) {
+    const int first = share.first_chunk(tile);
+    ring.skip(first);
+    if (first == S::num_chunks) continue;
+    float low = 0, high = 0;  // row lane / 4, and + 8
+#pragma unroll 1
+    for (int chunk = first; chunk < S::num_chunks; chunk += slots_at_once) {
+      const u8* slot = ring.wait() + cta.lane * 16;
+      const u8* x = cta.x + chunk * most * 32 + cta.lane % 4 * 8;
+      const int count = S::bytes_of(chunk) / 512;
+      const int half = (count + 1) / 2;
+#pragma unroll 8
+      for (int i = share.lead * half; i < (share.lead ? count : half); ++i) {
+        const Vec16 a = *reinterpret_cast<const Vec16*>(slot + i * 512);
+        const uint2 b = *reinterpret_cast<const uint2*>(x + i * 32);
+        float x0, x1, x2, x3;
+        widen(b.x, x0, x1);
+        widen(b.y, x2, x3);
+        low = dot(a.w[2], x2, x3, dot(a.w[0], x0, x1, low));
+        high = dot(a.w[3], x2, x3, dot(a.w[1], x0, x1, high));
+      }
+      ring.release<num_consumer_warps / warps_a_slot>();
+      ring.skip(min(slots_at_once, S::num_chunks - chunk));
+    }
+    low = quad_sum(low);
+    high = quad_sum(high);
+    const int buffer = parts.buffer();
+    cta.wait(&cta.shared.part_free[buffer], parts.free_parity(), WaitKind::part_free);
+    float* out = cta.shared.part[buffer][share.part(tile)] + cta.lane / 4;
+    if (cta.lane % 4 == 0) {
+      out[0] = low;
+      out[8] = high;
+    }
+    __syncwarp();
+    mbarrier_arrive_warp<part_arrivals / S::num_parts>(&cta.shared.part_ready[buffer], cta.lane);
+  }
+}
+#define matvec ffma_matvec
+#endif
+
+#define decode plain_decode
+#include "decode.cu"
+#undef decode
+
+#if defined(ABLATE_PACKETS)
+// All CTAs meet after every stage. Values still travel in packets, which have all arrived by then.
+struct MeetingConsumer : Consumer {
+  using Consumer::Consumer;
+
+  __device__ __forceinline__ void meet() {
+    cta.worker_sync();  // the finisher has sent all
+    grid_barrier(cta);
+  }
+  template <Kind kind>
+  __device__ __forceinline__ void stage(int layer, const u8* input, u32 input_tag) {
+    cta.begin_stage();
+    multiply<kind>(layer, input, input_tag);
+    meet();
+  }
+  __device__ __forceinline__ void run() {
+    start_barriers(cta);
+    if (cta.thread < cta.args.num_rows) cta.shared.token[cta.thread] = cta.args.tokens[cta.thread];
+    cta.consumer_sync();
+#pragma unroll 1
+    for (int step = 0; step < cta.args.num_steps; ++step) {
+      load_rotations(cta, step);
+      embed(cta);
+      cta.worker_sync();
+#pragma unroll 1
+      for (int layer = 0; layer < config::num_layers; ++layer, tag ^= 1) {
+        stage<Kind::qkv>(layer, exchange.hidden_attention, tag ^ 1);
+        attention(cta, ring, exchange, layer, step, tag);
+        grid_barrier(cta);
+        stage<Kind::o_proj>(layer, exchange.attention, tag);
+        stage<Kind::gate_up>(layer, exchange.hidden_mlp, tag);
+        stage<Kind::down>(layer, exchange.mlp, tag);
+      }
+      if (cta.idx == 0 && cta.thread == 0) cta.shared.stop = ld_relaxed_sys(cta.args.stop);
+      multiply<Kind::lm_head>(config::num_layers, exchange.hidden_attention, tag ^ 1);
+      cta.worker_sync();
+      publish(cta, exchange, step);
+      grid_barrier(cta);
+      pick(cta, exchange, step);
+      if (cta.shared.last != 0) break;
+      if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
+    }
+    cta.worker_sync();
+    end_early();
+  }
+};
+
+struct MeetingFinisher : Finisher {
+  using Finisher::Finisher;
+
+  template <Kind kind>
+  __device__ __forceinline__ void stage(int layer) {
+    finish<kind>(layer);
+    cta.worker_sync();
+  }
+  __device__ __forceinline__ void run() {
+    for (;;) {
+      cta.worker_sync();
+      if (cta.shared.last) return;
+#pragma unroll 1
+      for (int layer = 0; layer < config::num_layers; ++layer, tag ^= 1) {
+        stage<Kind::qkv>(layer);
+        stage<Kind::o_proj>(layer);
+        stage<Kind::gate_up>(layer);
+        stage<Kind::down>(layer);
+      }
+      best.clear();
+      finish<Kind::lm_head>(config::num_layers);
+      best.choose(cta);
+      cta.worker_sync();
+    }
+  }
+};
+#else
+using MeetingConsumer = Consumer;
+using MeetingFinisher = Finisher;
+#endif
+
+extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1) decode(const __grid_constant__ StepArgs args) {
+  extern __shared__ __align__(128) u8 dynamic[];
+  __shared__ Shared shared;
+  Cta cta(args, dynamic, shared);
+  ring_init(cta);
+  if (cta.is_producer()) {
+    produce(cta);
+  } else if (cta.is_finisher()) {
+    MeetingFinisher(cta).run();
+  } else {
+    MeetingConsumer(cta).run();
+    cta.consumer_sync();
+    if (cta.thread == 0) cta.report();
+  }
+}
