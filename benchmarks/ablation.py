@@ -29,7 +29,7 @@ from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.serve.benchmark.cases import Case
-from flashformer.serve.benchmark.checks import ROUNDING
+from flashformer.serve.benchmark.checks import rounding_of
 from flashformer.serve.benchmark.provenance import COMMIT_HELP, provenance, system
 from flashformer.serve.benchmark.steps import Steps
 
@@ -108,7 +108,7 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
         backend._kernels[1] = variant
         found = drawn(backend, steps)
         expected = expected or found
-        right[name] = is_right(name, found, expected)
+        right[name] = is_right(name, found, expected, rounding_of(plan))
     samples: dict[str, list[float]] = {name: [] for name in kernels}
     reads = []
     for _ in range(rounds):
@@ -155,11 +155,16 @@ def drawn(backend: CudaBackend, steps: Steps) -> tuple[Int32, Float32]:
     return steps.run(CASE).tokens, np.array(logits.logits[0])
 
 
-def is_right(name: str, found: tuple[Int32, Float32], expected: tuple[Int32, Float32]) -> bool:
+def is_right(
+    name: str,
+    found: tuple[Int32, Float32],
+    expected: tuple[Int32, Float32],
+    rounding: float,
+) -> bool:
     """The kernel's own tokens and bits; of sums in another order the logits to their rounding."""
     if name == FFMA:
         difference = np.abs(found[1] - expected[1]).max()
-        return bool(difference <= ROUNDING["bf16"] * np.std(expected[1]))
+        return bool(difference <= rounding * np.std(expected[1]))
     return all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
