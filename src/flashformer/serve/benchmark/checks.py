@@ -15,9 +15,9 @@ from flashformer.serve.benchmark.steps import Steps, copied
 PROMPT_TOKENS = 12
 COMPARED_TOKENS = 32
 # Of the logits' spread. float32 sums over `hidden_size` terms differ far below 1 %. Activations of
-# 16 bits round by 2^-9 in every layer: on random weights that moves logits by 1.3 % (root mean square)
-# behind 16 layers and by 5 % behind 32 wider ones, and the largest of 128k such differences lies
-# five deviations out. A wrong position, page or weight moves the largest by several spreads.
+# 16 bits round by 2^-9 in every layer: on random weights that moves logits by 1.3 % (root mean
+# square) behind 16 layers and by 5 % behind 32 wider ones, and the largest of 128k such lies five
+# deviations out. A wrong position, page or weight moves the largest by several spreads.
 ROUNDING = {"f32": 0.01, "f16": 0.01, "bf16": 0.1}
 ROUNDING_A_LAYER = 0.01
 
