@@ -193,6 +193,7 @@ def run_tools(tools: list[str], ends: float) -> Iterator[dict[str, Any]]:
     for tool in tools:
         started = time.perf_counter()
         watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
+        watched += ["--every-lane-arrives"] * (tool == "racecheck")
         ended = run(watched, ends)
         text = ended.stdout + ended.stderr
         summary = SUMMARY.findall(text)

@@ -39,7 +39,7 @@ def stages_of(plan, rows):
     """C++ assertions of every number of every matrix."""
     for name in (*MATRICES, "lm_head"):
         matrix = plan.matrix(name, -1 if name == "lm_head" else 0)
-        shape = stage_shape(matrix, rows)
+        shape = stage_shape(matrix, rows, plan.machine.arch)
         yield f"Stage<Kind::{name}>::tiles == {matrix.num_tiles}"
         for field in FIELDS:
             yield f"Stage<Kind::{name}>::{field} == {getattr(shape, field)}"

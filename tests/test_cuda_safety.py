@@ -14,11 +14,11 @@ from specs import SpecWeights, layer_spec, model_spec, packed
 
 pytestmark = pytest.mark.gpu
 
-CONTEXT = 192
+CONTEXT = 448
 SLOTS = 8
 STEPS = 6
 LAYERS = 2
-PAST = 70  # positions of slot 0: more than a page
+PAST = 300  # positions of slot 0: two chunks; those of the last slots are one
 
 
 def open_backend(instruments=None):
@@ -103,6 +103,19 @@ def test_the_barrier_s_counter_wraps_without_notice(calm, start):
     fill(backend)
     for batch, expected in calm.items():
         assert equal(decoded(backend, batch), expected), batch
+    backend.close()
+
+
+def test_the_number_of_a_layer_wraps_without_notice(calm):
+    """It dates the partial results of attention."""
+    from flashformer.backends.cuda.backend import NO_EPOCH
+
+    backend = open_backend()
+    fill(backend)
+    for left in range(1, STEPS * LAYERS * 2):
+        backend.epoch = NO_EPOCH - left
+        assert equal(decoded(backend, 3), calm[3])
+        assert backend.epoch < NO_EPOCH
     backend.close()
 
 

@@ -28,13 +28,12 @@ void head(Cta& cta, int step) {
 void consume() {
   Cta cta(*args, dynamic_memory[blockIdx.x], shared_memory[blockIdx.x]);
   if (cta.thread < max_rows) cta.shared.rstd[cta.thread] = 1.f;
-  const Exchange exchange(*args);
   start_barriers(cta);
   cta.consumer_sync();
   for (int step = 0; step < args->num_steps; ++step) {
     head(cta, step);
     cta.shared.stop = ld_relaxed_sys(args->stop);
-    if (choose_tokens(cta, exchange, step)) return;
+    if (choose_tokens(cta, step)) return;
   }
 }
 

@@ -19,7 +19,7 @@ class Buffer:
     rows: int
     width: int
     element_bytes: int  # 2: 16-bit floats as the weights are, 4: float32
-    packet_bytes: int  # that carry one tag; 0: no tags, ordered by barriers or counters
+    packet_bytes: int  # that carry one tag; 0: no tags, ordered by barriers, or dated
 
     @property
     def nbytes(self) -> int:
@@ -31,8 +31,7 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
     """All buffers in the order of their places: first those of packets."""
     layer, rows = plan.spec.layers[0], plan.machine.max_rows
     hidden = padded(plan.spec.hidden_size)
-    partials = rows * layer.num_kv_heads * max_chunks(plan, layer)
-    partials *= layer.num_q_heads // layer.num_kv_heads
+    partials = rows * layer.num_q_heads * max_chunks(plan, layer)
     return (
         Buffer("hidden_attention", rows, hidden, 2, 16),
         Buffer("hidden_mlp", rows, hidden, 2, 16),
@@ -43,8 +42,7 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
         Buffer("best_id", rows, plan.machine.num_ctas, 4, 0),
         Buffer("top", rows, plan.machine.num_ctas, 4, 0),
         Buffer("stop", 1, 1, 4, 0),
-        Buffer("partial_stats", partials, 2, 4, 0),
-        Buffer("partial", partials, padded(layer.head_dim), 4, 0),
+        Buffer("partial", partials, 2 * (2 + padded(layer.head_dim)), 4, 0),  # value, epoch, ...
     )
 
 

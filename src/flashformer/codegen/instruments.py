@@ -17,6 +17,7 @@ class Instruments:
     delay_ns: int = 0  # random sleeps of up to so long at hand-offs (`CudaStepArgs.delay_seed`)
     poison: bool = False  # shared memory, exchange and free pages hold NaN before a launch
     faults: bool = False  # `CudaStepArgs.drop_matrix` and `drop_cta` are obeyed
+    every_lane_arrives: bool = False  # at barriers in shared memory, so that racecheck can follow
     counter_start: int = 0  # of the grid barrier: 0, or 2^31, from which its first use wraps
 
 

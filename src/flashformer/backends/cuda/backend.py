@@ -36,6 +36,7 @@ from flashformer.plan.plan import Plan
 NUM_WARPS = 10  # eight consumers, the finisher, the producer
 ROW_CLASSES = (1, 2, 4, 8)  # a kernel is compiled for each; a step runs in the smallest that fits
 MAX_SLOTS = 16  # of the ring: kernel/cta.cuh
+NO_EPOCH = 0xFFFFFFFF  # what poisoned buffers hold
 MIN_SLOTS = 8  # slots_at_once + in_flight: what a warp waits for is never two fills ahead
 PREFILL_PASSES = 3  # over the weights by `Prefill`: it reads the image, writes the slab, reads it
 
@@ -75,12 +76,12 @@ class CudaBackend:
         self._image = self._moved(image)
         self._kv = self._zeros(num_pages * machine.page_tokens * past_bytes_per_token(plan))
         self._exchange = self._zeros(all_bytes)
+        self.epoch = 1  # of the next launch's first layer: what is left of earlier ones is older
         self._logits = self._zeros((rows, row_stride(plan)), torch.float32)
         self._choices = Choices(plan, self._device)
         self._flight: Flight | None = None
         counter = torch.tensor([instruments.counter_start], device=self._device)
         self._barrier = counter.to(torch.int32)
-        self._arrivals = self._zeros(rows * self._layer.num_kv_heads, torch.int32)
         self._watchdog = torch.zeros(8, dtype=torch.int32, pin_memory=True)
         moments = (machine.num_ctas, len(TRACKS), max(1, instruments.trace_moments), 2)
         self.trace = self._zeros(moments, torch.int64)
@@ -215,6 +216,7 @@ class CudaBackend:
         # No packet carries the first tag; the rest holds NaN in tests.
         self._exchange[: None if self._instruments.poison else self._packet_bytes].fill_(255)
         shared = args.x_bytes + args.num_slots * SLOT_BYTES
+        args.epoch = self._take_epochs(num_steps)
         if self._instruments.trace_moments:
             self.trace.zero_()
         kernel = self._kernels[row_class(len(rows))]
@@ -222,6 +224,15 @@ class CudaBackend:
         flight.depart(self._stream, self._check_watchdog)
         self._flight = flight
         return flight
+
+    def _take_epochs(self, num_steps: int) -> int:
+        """The number of the launch's first layer; every layer of every step has its own."""
+        layers = num_steps * self._plan.spec.num_layers
+        if self.epoch + layers >= NO_EPOCH:
+            self._exchange[self._packet_bytes :].zero_()
+            self.epoch = 1
+        first, self.epoch = self.epoch, self.epoch + layers
+        return first
 
     def _land(self) -> None:
         """End the launch that may still be on its way; its reader sees that it was cut short."""
@@ -343,7 +354,7 @@ class CudaBackend:
         args.image, args.kv = self._image.data_ptr(), self._kv.data_ptr()
         args.exchange, args.logits = self._exchange.data_ptr(), self._logits.data_ptr()
         args.page_table = self._page_table.data_ptr()
-        args.barrier, args.arrivals = self._barrier.data_ptr(), self._arrivals.data_ptr()
+        args.barrier = self._barrier.data_ptr()
         args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), self.wait_limit_ns
         args.delay_seed, (args.drop_matrix, args.drop_cta) = self.delay_seed, self.drop
         args.x_bytes, args.num_slots = self.x_bytes(rows), self.num_slots(rows)
@@ -361,7 +372,6 @@ class CudaBackend:
             return
         self._watchdog.zero_()
         self._barrier.zero_()
-        self._arrivals.zero_()
         layers = self._plan.spec.num_layers
         raise FlashFormerError(describe(kind, cta, warp, matrix, layers, self.wait_limit_ns))
 

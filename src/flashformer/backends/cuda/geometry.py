@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flashformer.codegen.cuda_header import SLOT_BYTES, WINDOW_BYTES
+from flashformer.codegen.cuda_header import SLOT_BYTES, WINDOW_BYTES, window_tiles
 from flashformer.codegen.exchange import padded
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
@@ -57,14 +57,15 @@ class StageShape:
         return fragments * FRAGMENT_BYTES
 
 
-def stage_shape(matrix: Matrix, max_rows: int) -> StageShape:
-    """The shape of `matrix` in a kernel of up to `max_rows` rows a step."""
+def stage_shape(matrix: Matrix, max_rows: int, arch: str) -> StageShape:
+    """The shape of `matrix` in a kernel for `arch` of up to `max_rows` rows a step."""
     fragments = padded(matrix.cols) // 16
     num_chunks = -(-fragments // (SLOT_BYTES // FRAGMENT_BYTES))
     chunk_fragments = -(-fragments // num_chunks)
     windowed = max_rows * (padded(matrix.cols) * 2 + 32) > 2 * (WINDOW_BYTES + 32 * max_rows)
     window = WINDOW_BYTES // max_rows // (chunk_fragments * 32) if windowed else num_chunks
-    return StageShape(fragments, num_chunks, chunk_fragments, window, 2 if windowed else 1)
+    group = window_tiles(arch) if windowed else 1
+    return StageShape(fragments, num_chunks, chunk_fragments, window, group)
 
 
 class Past(NamedTuple):
@@ -121,8 +122,30 @@ def units_of(plan: Plan, layer: LayerSpec, positions: list[int]) -> list[list[Un
     number = 0
     for row, position in enumerate(positions):
         past = past_of(plan, layer, position, position)
-        for kv_head in range(layer.num_kv_heads):
-            for chunk in range(past.num_chunks):
+        for chunk in range(past.num_chunks):
+            for kv_head in range(layer.num_kv_heads):
                 units[number % len(units)].append(Unit(row, kv_head, chunk, past))
                 number += 1
     return units
+
+
+class Merge(NamedTuple):
+    """A query head of a row whose past is cut into several chunks."""
+
+    row: int
+    head: int
+    num_chunks: int
+
+
+def merges_of(plan: Plan, layer: LayerSpec, positions: list[int]) -> list[list[Merge]]:
+    """The heads that every CTA merges (`merge_chunks` of kernel/chunks.cuh)."""
+    merges: list[list[Merge]] = [[] for _ in range(plan.machine.num_ctas)]
+    number = 0
+    for row, position in enumerate(positions):
+        num_chunks = past_of(plan, layer, position, position).num_chunks
+        if num_chunks == 1:
+            continue
+        for head in range(layer.num_q_heads):
+            merges[len(merges) - 1 - number % len(merges)].append(Merge(row, head, num_chunks))
+            number += 1
+    return merges

@@ -12,6 +12,7 @@ from flashformer.backends.cuda.geometry import (
     Rect,
     StageShape,
     Unit,
+    merges_of,
     page_bytes,
     stage_shape,
     units_of,
@@ -108,8 +109,10 @@ class Buffer:
 
     rows: int
     width: int
-    tagged: bool = True  # one-bit tags; otherwise ordered by acquire and release
+    tagged: bool = True  # a place says itself whether it is there; otherwise acquire and release
+    dated: bool = False  # by the number of its use, not by one bit
     complete: bool = True  # every place is written in every use
+    padding: int = 0  # places at a row's end that nobody needs to read
     existing: tuple[int, ...] = ()  # of keys and values: places that a row has before the launch
     new: int = 0  # and those that it gets
 
@@ -127,7 +130,6 @@ class Program:
     """The events of every process of a launch."""
 
     roles: Roles  # of every CTA, in the order of ROLES
-    mergers: list[list[Event]]  # of attention's chunks: done by whichever CTA arrives last
     buffers: dict[str, Buffer]
     capacities: dict[str, int]  # of the channels
     inputs: dict[str, dict[str, Rect]]  # what every CTA must have read before a stage's results
@@ -137,12 +139,11 @@ class Program:
     @property
     def processes(self) -> list[tuple[str, list[Event]]]:
         """Name and events of all."""
-        named = [
+        return [
             (f"the {role} of CTA {cta}", events)
             for cta, roles in enumerate(self.roles)
             for role, events in zip(ROLES, roles, strict=True)
         ]
-        return named + [("a merge of chunks", events) for events in self.mergers]
 
 
 def build_program(plan: Plan, launch: Launch | None = None) -> Program:
@@ -170,7 +171,6 @@ class _Builder:
     def __init__(self, plan: Plan, launch: Launch) -> None:
         self.plan = plan
         self.launch = launch
-        self.mergers: dict[tuple[int, str], list[Event]] = {}
         self.layer = self.plan.spec.layers[0]
         self.rows = len(self.launch.positions)
         self.buffers = self._buffers()
@@ -184,7 +184,6 @@ class _Builder:
         hidden = {"hidden_attention": self.whole["hidden_attention"]}
         return Program(
             roles=roles,
-            mergers=list(self.mergers.values()),
             buffers=self.buffers,
             capacities={
                 "ring": RING_SLOTS,
@@ -211,15 +210,18 @@ class _Builder:
         plan, layer, rows = self.plan, self.layer, self.rows
         tiles = {name: self._matrix(name, 0).num_tiles for name in MATRICES}
         hidden = tiles["down"] * (TILE_ROWS // HALVES)
+        qkv = tiles["qkv"] * (TILE_ROWS // SINGLES)
         pairs = rows * layer.num_kv_heads
         found = {
             "hidden_attention": Buffer(rows, hidden),
             "hidden_mlp": Buffer(rows, hidden),
             "attention": Buffer(rows, layer.q_rows // HALVES),
             "mlp": Buffer(rows, tiles["gate_up"]),
-            "qkv": Buffer(rows, tiles["qkv"] * (TILE_ROWS // SINGLES)),
+            "qkv": Buffer(rows, qkv, padding=qkv - layer.qkv_rows // SINGLES),
             "best": Buffer(rows, plan.machine.num_ctas, tagged=False),
-            "partial": Buffer(pairs, max_chunks(plan, layer), tagged=False, complete=False),
+            "partial": Buffer(
+                rows * layer.num_q_heads, max_chunks(plan, layer), dated=True, complete=False
+            ),
         }
         existing = tuple(p for p in self.launch.positions for _ in range(layer.num_kv_heads))
         width = max(self.launch.positions) + self.launch.steps
@@ -254,7 +256,7 @@ class _Builder:
     def _stage(self, roles: Roles, at: Where, input_use: int | None, source: str, use: int) -> None:
         """A matrix: its tiles through the ring, their sums to the finisher, its results out."""
         matrix = self._matrix(at.stage, at.layer)
-        shape = stage_shape(matrix, self.plan.machine.max_rows)
+        shape = stage_shape(matrix, self.plan.machine.max_rows, self.plan.machine.arch)
         for cta, (first, end) in enumerate(pairwise(matrix.first_tile)):
             consumers, finisher, producer = roles[cta]
             for group in range(first, end, shape.group if shape.num_windows > 1 else end - first):
@@ -308,6 +310,18 @@ class _Builder:
                     producer.append(Read(at, f"past {at.layer}", 0, seen, waits=False))
                     producer.append(Put(at, "ring", pages, pages * page_bytes(self.plan, layer)))
                 consumers += self._unit(at, use, unit, positions[unit.row])
+        for cta, heads in enumerate(merges_of(self.plan, layer, positions)):
+            for merge in heads:
+                place = merge.row * layer.num_q_heads + merge.head
+                partials = Rect(place, place + 1, 0, merge.num_chunks)
+                start = merge.head * layer.head_dim // HALVES
+                packets = Rect(merge.row, merge.row + 1, start, start + layer.head_dim // HALVES)
+                roles[cta][CONSUMERS].extend(
+                    (
+                        Read(at, "partial", use, partials),
+                        Write(at, "attention", use, packets, (("partial", partials),)),
+                    )
+                )
 
     def _pages_of(self, unit: Unit) -> Rect:
         """The positions of the unit's pages that count."""
@@ -343,15 +357,9 @@ class _Builder:
         if chunks == 1:
             events.append(result)
         else:
-            counter = f"arrivals {pair}"
-            place = Rect(pair, pair + 1, unit.chunk, unit.chunk + 1)
-            events += [Write(at, "partial", use, place, tuple(sources)), Arrive(at, counter, use)]
-            partials = Rect(pair, pair + 1, 0, chunks)
-            self.mergers[use, counter] = [
-                Meet(at, counter, use, chunks),
-                Read(at, "partial", use, partials, waits=False),
-                result._replace(sources=(("partial", partials),)),
-            ]
+            first = row * layer.num_q_heads + unit.kv_head * group
+            place = Rect(first, first + group, unit.chunk, unit.chunk + 1)
+            events.append(Write(at, "partial", use, place, tuple(sources)))
         if unit.with_own:
             own = Rect(pair, pair + 1, position, position + 1)
             events.append(Write(at, f"past {at.layer}", 0, own, tuple(sources[1:])))

@@ -286,7 +286,7 @@ class _Run:
             self.program.buffers[event.buffer].tagged,
             lambda: f"{process.name} waits for a tag of {event.buffer!r}, which has none",
         )
-        if event.use == 0:
+        if event.use == 0 or self.program.buffers[event.buffer].dated:
             return
         before = self.uses.get((event.buffer, event.use - 1))
         known = before is not None and before.written(event.rect)
@@ -329,7 +329,7 @@ class _Run:
             )
             if not buffer.tagged:
                 continue
-            unread = np.ones((buffer.rows, buffer.width), bool)
+            unread = (use.writer >= 0) & (np.arange(buffer.width) < buffer.width - buffer.padding)
             for rect in {read.rect for _, read in use.reads}:
                 unread[rect.row : rect.row_end, rect.place : rect.place_end] = False
             _require(not unread.any(), f"places of {name!r} are never read in use {number}")

@@ -1,10 +1,11 @@
 // Decode attention over paged keys and values, split over all CTAs.
 //
 // A unit's pages come through the ring before its query exists. All query heads of the kv head are the 16 rows of
-// operand A. Four warps share a page, the other four the next; each takes 16 positions at a time with its own running maximum (online softmax, Milakov & Gimelshein
-// 2018); the warps, then the chunks, are merged in a fixed order, the chunks by the last CTA that finishes one.
+// operand A. Four warps share a page, the other four the next; each takes 16 positions at a time with its own running
+// maximum (online softmax, Milakov & Gimelshein 2018); the warps, then the chunks (chunks.cuh), are merged in a fixed
+// order.
 #pragma once
-#include "past.cuh"
+#include "chunks.cuh"
 
 constexpr int output_dims = config::group <= 4 ? (head_dim_padded < 128 ? head_dim_padded : 128) : 64;
 
@@ -16,12 +17,15 @@ struct AttentionScratch {
   float* heads;  // [num_consumer_warps][head_dim_padded]
   float* stats;  // [num_consumer_warps][16][2]: maximum, sum
   float* output; // [num_consumer_warps][group][output_dims]
+                 // from heads on: [merge_floats] of merge_head
 
   __device__ explicit AttentionScratch(u8* p)
       : query(p), keys(p + dim_blocks * 512), values(p + 2 * dim_blocks * 512),
         heads(reinterpret_cast<float*>(p + 3 * dim_blocks * 512)), stats(heads + num_consumer_warps * head_dim_padded),
         output(stats + num_consumer_warps * 32) {}
 };
+
+static_assert(merge_floats <= num_consumer_warps * (head_dim_padded + 32 + config::group * output_dims));
 
 constexpr int head_packets = config::head_dim / 4;
 constexpr int packets_a_lane = (head_packets + 31) / 32;
@@ -37,24 +41,35 @@ struct HeadTask {
   int row;
 };
 
-__device__ __forceinline__ void load_head(const Cta& cta, const AttentionScratch& scratch, const HeadTask& task,
-                                          int rope_idx, u32 tag) {
-  float* head = scratch.heads + cta.warp * head_dim_padded;
+struct HeadPackets {
   Vec16 packet[packets_a_lane];
+
+  __device__ __forceinline__ void fetch(const Cta& cta, const HeadTask& task, u32 tag) {
 #pragma unroll
-  for (int j = 0; j < packets_a_lane; ++j) {
-    const int at = cta.lane + 32 * j;
-    if (at < head_packets) packet[j] = ld_relaxed_gpu_b128(task.source + 4 * at);
+    for (int j = 0; j < packets_a_lane; ++j) {
+      const int at = cta.lane + 32 * j;
+      if (at < head_packets) packet[j] = ld_relaxed_gpu_b128(task.source + 4 * at);
+    }
+#pragma unroll
+    for (int j = 0; j < packets_a_lane; ++j) {
+      const int at = cta.lane + 32 * j;
+      if (at < head_packets) await_packet<Payload::single>(cta, packet[j], task.source + 4 * at, tag);
+    }
   }
+};
+
+__device__ __forceinline__ void place_head(const Cta& cta, const AttentionScratch& scratch, const HeadTask& task,
+                                           const HeadPackets& head_packet, int rope_idx) {
+  float* head = scratch.heads + cta.warp * head_dim_padded;
   float square = 0;
 #pragma unroll
   for (int j = 0; j < packets_a_lane; ++j) {
     const int at = cta.lane + 32 * j;
     if (at >= head_packets) continue;
-    await_packet<Payload::single>(cta, packet[j], task.source + 4 * at, tag);
-    *reinterpret_cast<Vec16*>(head + 4 * at) = packet[j];
+    const Vec16& values = head_packet.packet[j];
+    *reinterpret_cast<Vec16*>(head + 4 * at) = values;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) square += __uint_as_float(packet[j].w[e]) * __uint_as_float(packet[j].w[e]);
+    for (int e = 0; e < 4; ++e) square += __uint_as_float(values.w[e]) * __uint_as_float(values.w[e]);
   }
   if constexpr (config::qk_norm) {
     square = warp_sum(square);
@@ -88,36 +103,50 @@ __device__ __forceinline__ void load_head(const Cta& cta, const AttentionScratch
   __syncwarp();
 }
 
-// Query heads of the unit into operand A, and the step's own keys and values into one block of 16 positions.
-__device__ __noinline__ void prepare_unit(const Cta cta, const AttentionScratch scratch, const Exchange exchange,
-                                             int layer, u32 tag, int row, int kv_head, bool with_own) {
-  const LayerTable& table = layer_table[layer];
-  const int num_own = with_own ? cta.args.positions[row] - cta.args.bases[row] + 1 : 0;
-  // Values beyond num_own meet weights of zero and must be finite; so must the padding of every head.
-  constexpr bool exact = head_dim_padded == config::head_dim;
-  constexpr int vecs = dim_blocks * 32;
-  for (int i = cta.thread; i < (exact ? vecs : 3 * vecs); i += num_consumers) {
-    reinterpret_cast<Vec16*>(exact ? scratch.values : scratch.query)[i] = Vec16{};
+// The i-th of a unit's heads: the query heads of the group, then key and value of each of the step's own positions.
+__device__ __forceinline__ HeadTask head_task(const Cta& cta, const float* qkv, int layer, int i, int row, int kv_head,
+                                              int num_own) {
+  HeadTask task;
+  int first;  // row of the qkv projection
+  if (i < config::group) {
+    task.part = 0;
+    task.index = i;
+    task.row = row;
+    first = (kv_head * config::group + i) * config::head_dim;
+  } else {
+    task.part = 1 + (i - config::group) % 2;
+    task.index = (i - config::group) / 2;
+    task.row = row - num_own + 1 + task.index;  // a sequence's positions are consecutive rows, this row's the last
+    first = config::q_rows + ((task.part - 1) * config::num_kv_heads + kv_head) * config::head_dim;
   }
-  cta.consumer_sync();
-#pragma unroll 1
-  for (int i = cta.warp; i < config::group + 2 * num_own; i += num_consumer_warps) {
-    HeadTask task;
-    int first;  // row of the qkv projection
-    if (i < config::group) {
-      task.part = 0;
-      task.index = i;
-      task.row = row;
-      first = (kv_head * config::group + i) * config::head_dim;
-    } else {
-      task.part = 1 + (i - config::group) % 2;
-      task.index = (i - config::group) / 2;
-      task.row = row - num_own + 1 + task.index;  // a sequence's positions are consecutive rows, this row's the last
-      first = config::q_rows + ((task.part - 1) * config::num_kv_heads + kv_head) * config::head_dim;
+  const LayerTable& table = layer_table[layer];
+  task.source = qkv + u64(task.row) * padded(config::qkv_rows) + first;
+  task.norm = vector_at(cta, task.part == 0 ? table.q_norm : table.k_norm);
+  return task;
+}
+
+// Query heads of the unit into operand A, and the step's own keys and values into one block of 16 positions. What the
+// block holds beyond them is not visible.
+__device__ __noinline__ void prepare_unit(const Cta cta, const AttentionScratch scratch, const Exchange exchange, int layer, u32 tag, int row, int kv_head,
+                                          bool with_own) {
+  const float* qkv = exchange.qkv;
+  const int num_own = with_own ? cta.args.positions[row] - cta.args.bases[row] + 1 : 0;
+  const int num_tasks = config::group + 2 * num_own;
+  const int rope_idx = layer_table[layer].rope_idx;
+  if constexpr (head_dim_padded != config::head_dim) {  // the padding of every head must be finite
+    cta.consumer_sync();
+    for (int i = cta.thread; i < 3 * dim_blocks * 32; i += num_consumers) {
+      reinterpret_cast<Vec16*>(scratch.query)[i] = Vec16{};
     }
-    task.source = exchange.qkv + u64(task.row) * padded(config::qkv_rows) + first;
-    task.norm = vector_at(cta, task.part == 0 ? table.q_norm : table.k_norm);
-    load_head(cta, scratch, task, table.rope_idx, tag);
+  }
+#pragma unroll 1
+  for (int i = cta.warp; i < max(num_tasks, num_consumer_warps); i += num_consumer_warps) {
+    HeadPackets packets;
+    if (i < num_tasks) packets.fetch(cta, head_task(cta, qkv, layer, i, row, kv_head, num_own), tag);
+    if (i == cta.warp) cta.consumer_sync();  // every warp has left what the scratch held
+    if (i >= num_tasks) continue;
+    asm volatile("" : "+r"(i));
+    place_head(cta, scratch, head_task(cta, qkv, layer, i, row, kv_head, num_own), packets, layer_table[layer].rope_idx);
   }
   cta.consumer_sync();
 }
@@ -231,8 +260,8 @@ struct WarpAttention {
   }
 };
 
-// Merge the warps in order; write(head, dim, value, maximum, sum) gets the unit's unnormalised sums. Whole warps call it, groups of
-// eight lanes with eight neighbouring dims of one head; from head_dim on there is nothing to write.
+// Merge the warps in order; write(head, dim, value, maximum, sum) gets the unit's unnormalised sums. Whole warps call it,
+// groups of eight lanes with eight neighbouring dims of one head; from head_dim on there is nothing to write.
 template <class Write>
 __device__ __forceinline__ void merge_warps(const Cta& cta, const AttentionScratch& scratch, WarpAttention& own,
                                             Write&& write) {
@@ -275,7 +304,7 @@ __device__ __forceinline__ void merge_warps(const Cta& cta, const AttentionScrat
         const float m = scratch.stats[(w * 16 + head) * 2];
         const float factor = m == -infinity ? 0.f : ex2(m - top);
         total += factor * scratch.stats[(w * 16 + head) * 2 + 1];
-        value += factor * scratch.output[w * config::group * output_dims + i];
+        value += factor * scratch.output[w * outputs + i];
       }
       write(head, dim, value, top, total);
     }
@@ -283,45 +312,10 @@ __device__ __forceinline__ void merge_warps(const Cta& cta, const AttentionScrat
   }
 }
 
-// The last CTA to finish a chunk of (row, kv head) adds all chunks in order.
-__device__ __noinline__ void merge_chunks(const Cta cta, const Exchange exchange, int row, int kv_head,
-                                          int num_chunks, u8* out, u32 tag) {
-  const u64 pair = u64(row) * config::num_kv_heads + kv_head;
-  cta.consumer_sync();
-  if (cta.thread == 0) {
-    const u32 before = atom_acq_rel_gpu_add(&exchange.arrivals[pair], 1);
-    cta.shared.flag = before == static_cast<u32>(num_chunks) - 1;
-    if (cta.shared.flag) exchange.arrivals[pair] = 0;  // its next use comes a whole layer of hand-offs later
-  }
-  cta.consumer_sync();
-  if (!cta.shared.flag) return;
-  const u64 first = pair * config::max_chunks * config::group;
-  constexpr int total_dims = config::group * config::head_dim;
-  for (int i = cta.thread; i < (total_dims + 31) / 32 * 32; i += num_consumers) {
-    const int head = min(i, total_dims - 1) / config::head_dim;
-    const int dim = i % config::head_dim;
-    float top = -infinity, total = 0, value = 0;
-    for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      top = fmaxf(top, ld_cg_f32(exchange.partial_stats + (first + chunk * config::group + head) * 2));
-    }
-#pragma unroll 4
-    for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      const u64 at = first + chunk * config::group + head;
-      const float m = ld_cg_f32(exchange.partial_stats + at * 2);
-      const float factor = m == -infinity ? 0.f : ex2(m - top);
-      total += factor * ld_cg_f32(exchange.partial_stats + at * 2 + 1);
-      value += factor * ld_cg_f32(exchange.partial + at * head_dim_padded + dim);
-    }
-    send_halves(cta, out + ((kv_head * config::group + head) * config::head_dim + dim) * 2, value / total, tag,
-                i < total_dims);
-  }
-}
-
 __device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, const Exchange& exchange, int layer,
                                           int step, u32 tag) {
   const AttentionScratch scratch(cta.x);
   for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
-    cta.consumer_sync();  // every warp has left what the scratch held
     const bool with_own = chunk == past.num_chunks - 1;
     prepare_unit(cta, scratch, exchange, layer, tag, row, kv_head, with_own);
     WarpAttention own;
@@ -355,20 +349,16 @@ __device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, cons
       }
     }
     u8* out = exchange.attention + row * x_row_bytes(config::q_rows);
-    const u64 partial = ((u64(row) * config::num_kv_heads + kv_head) * config::max_chunks + chunk) * config::group;
-    merge_warps(cta, scratch, own, [&](int head, int dim, float value, float top, float total) {
+    merge_warps(cta, scratch, own, [&](int group_head, int dim, float value, float top, float total) {
+      const int head = kv_head * config::group + group_head;
       if (past.num_chunks == 1) {
-        send_halves(cta, out + ((kv_head * config::group + head) * config::head_dim + dim) * 2, value / total, tag,
+        send_halves(cta, out + (head * config::head_dim + dim) * 2, value / total, tag,
                     dim < config::head_dim);
       } else if (dim < config::head_dim) {
-        exchange.partial[(partial + head) * head_dim_padded + dim] = value;
-        if (dim == 0) {
-          exchange.partial_stats[(partial + head) * 2] = top;
-          exchange.partial_stats[(partial + head) * 2 + 1] = total;
-        }
+        send_partial(partial_at(exchange, row, head, chunk), dim, value, top, total, epoch_of(cta, step, layer));
       }
     });
-    if (past.num_chunks > 1) merge_chunks(cta, exchange, row, kv_head, past.num_chunks, out, tag);
     if (with_own) append_past(cta, scratch, layer, step, row, kv_head);
   });
+  merge_chunks(cta, step, layer, tag);
 }

@@ -112,7 +112,7 @@ struct Cta {
   __device__ bool is_finisher() const { return warp == num_consumer_warps; }
   __device__ bool is_producer() const { return warp == num_consumer_warps + 1; }
   __device__ void consumer_sync() const { bar_sync(static_cast<int>(NamedBarrier::consumers), num_consumers); }
-  __device__ void worker_sync() const { bar_sync(static_cast<int>(NamedBarrier::workers), num_consumers + 32); }
+  __device__ void worker_sync() const { barrier_sync(static_cast<int>(NamedBarrier::workers), num_consumers + 32); }
 
   __device__ bool aborted() const { return *static_cast<volatile u32*>(&shared.aborted) != 0; }
 

@@ -122,9 +122,10 @@ struct Consumer {
       if (cta.idx == 0 && cta.thread == 0) cta.shared.stop = ld_relaxed_sys(cta.args.stop);
       multiply<Kind::lm_head>(config::num_layers, exchange.hidden_attention, tag ^ 1);
       cta.worker_sync();  // the finisher has left its candidates
-      if (choose_tokens(cta, exchange, step)) break;
-      if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
+      const bool ends = choose_tokens(cta, step);
       cta.trace(Moment::sample);
+      if (ends) break;
+      if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
     }
     cta.worker_sync();  // the finisher sees that it was the last
     end_early();

@@ -2,6 +2,7 @@
 #pragma once
 #include "ring.cuh"
 
+__device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __device__ constexpr int padded(int cols) { return (cols + 15) / 16 * 16; }
 __device__ constexpr u32 x_row_bytes(int cols) { return padded(cols) * 2; }
 __device__ constexpr u32 x_row_stride(int cols) { return padded(cols) * 2 + 32; }  // +32: tokens on different banks
@@ -11,6 +12,9 @@ constexpr int head_dim_padded = padded(config::head_dim);
 
 constexpr int exchange_rows = config::exchange_rows;  // for kernels of any max_rows
 
+constexpr int num_q_heads = config::num_kv_heads * config::group;
+constexpr u32 partial_bytes = (2 + head_dim_padded) * 8;  // of a chunk and query head
+
 // codegen/exchange.py computes the same places.
 struct Exchange {
   // In packets; filled with ones before the launch.
@@ -19,16 +23,15 @@ struct Exchange {
   u8* attention;         // [exchange_rows][q_rows] 16 bit: input of o_proj
   u8* mlp;               // [exchange_rows][intermediate_size] 16 bit: input of down
   float* qkv;            // [exchange_rows][qkv_rows padded]: input of attention
-  // Ordered by the barrier at a step's end, or by `arrivals`.
+  // Ordered by the barrier at a step's end.
   float* best_logit;     // [exchange_rows][num_ctas]
   int* best_id;          // [exchange_rows][num_ctas]
   float* top;            // [exchange_rows][num_ctas]: largest adjusted logits
   u32* stop;             // the host wants the launch to end with this token
-  float* partial_stats;  // attention: [exchange_rows][num_kv_heads][max_chunks][group][2], maximum and sum
-  float* partial;        // [exchange_rows][num_kv_heads][max_chunks][group][head_dim padded]
-  u32* arrivals;         // [exchange_rows][num_kv_heads], zero between uses
+  // Dated values.
+  u8* partial;           // attention: [exchange_rows][num_q_heads][max_chunks][maximum, sum, head_dim padded values]
 
-  __device__ explicit Exchange(const StepArgs& args) : arrivals(args.arrivals) {
+  __device__ explicit Exchange(const StepArgs& args) {
     u8* p = args.exchange;
     auto take = [&p](u64 bytes) {
       u8* at = p;
@@ -44,9 +47,7 @@ struct Exchange {
     best_id = reinterpret_cast<int*>(take(u64(exchange_rows) * config::num_ctas * 4));
     top = reinterpret_cast<float*>(take(u64(exchange_rows) * config::num_ctas * 4));
     stop = reinterpret_cast<u32*>(take(4));
-    const u64 partials = u64(exchange_rows) * config::num_kv_heads * config::max_chunks * config::group;
-    partial_stats = reinterpret_cast<float*>(take(partials * 2 * 4));
-    partial = reinterpret_cast<float*>(take(partials * head_dim_padded * 4));
+    partial = take(u64(exchange_rows) * num_q_heads * config::max_chunks * partial_bytes);
   }
 };
 

@@ -3,34 +3,41 @@
 #include "packet.cuh"
 #include "stages.cuh"
 
-// Some neighbouring columns of every row on their way from L2: `fragments` of 16 columns, of rows of `cols` in all.
+// Some neighbouring columns of every row on their way from L2: `fragments` of 16 columns, of rows of `cols` in all. A
+// thread takes the same columns of every row.
 template <int cols, int fragments>
 struct Fetch {
-  static constexpr int row_threads = num_consumers / max_rows;  // the threads share the rows evenly
-  static constexpr int num = ceil_div(fragments * 2, row_threads);
-  static constexpr int batch = num < 8 ? num : 8;
+  static constexpr int num = ceil_div(fragments * 2, num_consumers);  // packets of a thread in a row
+  static constexpr int most = max_rows < 12 ? 12 / max_rows : 1;      // that its registers hold
+  static constexpr int batch = num < most ? num : most;
   static constexpr int batches = ceil_div(num, batch);
 
-  Vec16 packet[batch];
-  int row;
+  Vec16 packet[batch][max_rows];
   int at;     // this thread's first packet of the batch, from the first column on
-  int valid;  // packets that are sent; beyond are the padding of a row and rows that do not exist
+  int valid;  // packets of a row that are sent; beyond is its padding
   const u8* source;
   u32 tag;
 
   __device__ __forceinline__ Fetch(const Cta& cta, const u8* buffer, u32 tag_, int first_fragment = 0) : tag(tag_) {
-    row = cta.thread / row_threads;
-    at = cta.thread % row_threads;
-    const int row_packets = ceil_div(cols, 8) - first_fragment * 2;
-    valid = row < cta.args.num_rows ? min(row_packets, fragments * 2) : 0;
-    source = buffer + row * x_row_bytes(cols) + first_fragment * 32;
+    at = cta.thread;
+    valid = min(ceil_div(cols, 8) - first_fragment * 2, fragments * 2);
+    source = buffer + first_fragment * 32;
   }
-  __device__ __forceinline__ int packet_idx(int j) const { return at + j * row_threads; }
-  __device__ __forceinline__ void issue() {
+  __device__ __forceinline__ int packet_idx(int j) const { return at + j * num_consumers; }
+  __device__ __forceinline__ bool is_sent(const Cta& cta, int j, int row) const {
+    return packet_idx(j) < valid && row < cta.args.num_rows;
+  }
+  __device__ __forceinline__ Vec16 load(int j, int row) const {
+    return ld_relaxed_gpu_b128(source + row * x_row_bytes(cols) + packet_idx(j) * 16);
+  }
+  __device__ __forceinline__ void issue(const Cta& cta) {
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
-      packet[j] = Vec16{};
-      if (packet_idx(j) < valid) packet[j] = ld_relaxed_gpu_b128(source + packet_idx(j) * 16);
+#pragma unroll
+      for (int row = 0; row < max_rows; ++row) {
+        packet[j][row] = Vec16{};
+        if (is_sent(cta, j, row)) packet[j][row] = load(j, row);
+      }
     }
   }
   // Polls until all are there.
@@ -42,22 +49,28 @@ struct Fetch {
       complete = true;
 #pragma unroll
       for (int j = 0; j < batch; ++j) {
-        if (packet_idx(j) < valid && !arrived<Payload::half>(packet[j], tag)) {
-          packet[j] = ld_relaxed_gpu_b128(source + packet_idx(j) * 16);
-          complete = false;
+#pragma unroll
+        for (int row = 0; row < max_rows; ++row) {
+          if (is_sent(cta, j, row) && !arrived<Payload::half>(packet[j][row], tag)) {
+            packet[j][row] = load(j, row);
+            complete = false;
+          }
         }
       }
     } while (!complete && !patience.ends(cta.args, cta.shared, WaitKind::packet));
   }
   // x: [max_rows] rows of `stride` bytes. The padding columns become zeros; rows that do not exist are left alone.
   __device__ __forceinline__ void store(const Cta& cta, u8* x, u32 stride) const {
-    if (row >= cta.args.num_rows) return;
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
-      if (packet_idx(j) < fragments * 2) *reinterpret_cast<Vec16*>(x + row * stride + packet_idx(j) * 16) = packet[j];
+#pragma unroll
+      for (int row = 0; row < max_rows; ++row) {
+        if (packet_idx(j) >= fragments * 2 || row >= cta.args.num_rows) continue;
+        *reinterpret_cast<Vec16*>(x + row * stride + packet_idx(j) * 16) = packet[j][row];
+      }
     }
   }
-  __device__ __forceinline__ void next_batch() { at += batch * row_threads; }
+  __device__ __forceinline__ void next_batch() { at += batch * num_consumers; }
 };
 
 // The weights of the norm that belong to one of a thread's packets: eight columns, zero beyond the last one.
@@ -100,7 +113,7 @@ __device__ __forceinline__ void load_x(const Cta& cta, const u8* buffer, u32 tag
   Row fetch(cta, buffer, tag);
 #pragma unroll
   for (int i = 0; i < Row::batches; ++i) {
-    fetch.issue();
+    fetch.issue(cta);
     fetch.await(cta);
     if (i == 0) cta.consumer_sync();
     fetch.store(cta, cta.x, x_row_stride(cols));
@@ -109,50 +122,65 @@ __device__ __forceinline__ void load_x(const Cta& cta, const u8* buffer, u32 tag
   cta.consumer_sync();
 }
 
-// The same for the input of a matrix behind a norm, from the hidden state. Squares are added as eight warps a row would:
-// packet i belongs to warp i / 32 % 8, whether there are as many or one warp does the work of several.
-__device__ __forceinline__ void load_normed_x(const Cta& cta, const u8* buffer, u32 tag, u64 norm_offset) {
-  constexpr int cols = config::hidden_size;
-  using Row = Fetch<cols, padded(cols) / 16>;
-  constexpr int row_warps = Row::row_threads / 32;
-  constexpr int num = num_consumer_warps / row_warps;  // warps that this one stands for
-  const float* norm = vector_at(cta, norm_offset);
-  float squares[num] = {};
-  const int row = cta.thread / Row::row_threads;
-  if constexpr (Row::num <= 2) {  // few enough packets for their weights to arrive before them
-    Row fetch(cta, buffer, tag);
-    NormWeights weights[Row::num];
-    fetch.issue();
+// Every row's sum over the warp's lanes: [max_rows] values of each lane -> the lane's row `row_of_lane` in value[0].
+// Lanes halve the rows among them as they go; which values are added to which does not depend on max_rows.
+struct RowSums {
+  float value[max_rows];
+
+  __device__ __forceinline__ void reduce(int lane) {
+    int rows = max_rows;
 #pragma unroll
-    for (int j = 0; j < Row::num; ++j) weights[j].load(norm, fetch.packet_idx(j), fetch.packet_idx(j) < fetch.valid);
-    fetch.await(cta);
-    cta.consumer_sync();
+    for (int d = 16; d > 0; d /= 2) {
+      if (rows > 1) {
+        rows /= 2;
+        const bool upper = lane & d;
 #pragma unroll
-    for (int j = 0; j < Row::num; ++j) normalise(fetch.packet[j], weights[j], squares[j % num]);
-    fetch.store(cta, cta.x, x_row_stride(cols));
-  } else {
-    load_x<cols>(cta, buffer, tag);
-    u8* x = cta.x + row * x_row_stride(cols);
-    const int end = row < cta.args.num_rows ? ceil_div(cols, 8) : 0;
-#pragma unroll 1
-    for (int first = cta.thread % Row::row_threads; first < end; first += Row::row_threads * num) {
-#pragma unroll
-      for (int j = 0; j < num; ++j) {
-        const int packet = first + j * Row::row_threads;
-        if (packet >= end) break;
-        NormWeights weights;
-        weights.load(norm, packet, true);
-        Vec16 values = *reinterpret_cast<const Vec16*>(x + packet * 16);
-        normalise(values, weights, squares[j]);
-        *reinterpret_cast<Vec16*>(x + packet * 16) = values;
+        for (int i = 0; i < max_rows / 2; ++i) {
+          if (i >= rows) break;
+          const float sent = upper ? value[i] : value[i + rows];
+          const float kept = upper ? value[i + rows] : value[i];
+          value[i] = kept + __shfl_xor_sync(~0u, sent, d);
+        }
+      } else {
+        value[0] += __shfl_xor_sync(~0u, value[0], d);
       }
     }
   }
-  const int warp = cta.thread % Row::row_threads / 32;
+  static __device__ __forceinline__ int row_of_lane(int lane) { return lane / (32 / max_rows); }
+};
+
+// The same for the input of a matrix behind a norm, from the hidden state.
+__device__ __forceinline__ void load_normed_x(const Cta& cta, const u8* buffer, u32 tag, u64 norm_offset) {
+  constexpr int cols = config::hidden_size;
+  using Rows = Fetch<cols, padded(cols) / 16>;
+  const float* norm = vector_at(cta, norm_offset);
+  RowSums squares{};
+  Rows fetch(cta, buffer, tag);
 #pragma unroll
-  for (int j = 0; j < num; ++j) {
-    const float sum = warp_sum(squares[j]);
-    if (cta.lane == 0) cta.shared.squares[row][warp + j * row_warps] = sum;
+  for (int i = 0; i < Rows::batches; ++i) {
+    NormWeights weights[Rows::batch];
+    const auto load_weights = [&] {
+#pragma unroll
+      for (int j = 0; j < Rows::batch; ++j) {
+        weights[j].load(norm, fetch.packet_idx(j), fetch.packet_idx(j) < fetch.valid);
+      }
+    };
+    fetch.issue(cta);
+    if constexpr (config::arch >= 90) load_weights();  // elsewhere no registers are left
+    fetch.await(cta);
+    if constexpr (config::arch < 90) load_weights();
+    if (i == 0) cta.consumer_sync();
+#pragma unroll
+    for (int j = 0; j < Rows::batch; ++j) {
+#pragma unroll
+      for (int row = 0; row < max_rows; ++row) normalise(fetch.packet[j][row], weights[j], squares.value[row]);
+    }
+    fetch.store(cta, cta.x, x_row_stride(cols));
+    fetch.next_batch();
+  }
+  squares.reduce(cta.lane);
+  if (cta.lane % (32 / max_rows) == 0) {
+    cta.shared.squares[RowSums::row_of_lane(cta.lane)][cta.warp] = squares.value[0];
   }
   cta.consumer_sync();
 }

@@ -62,6 +62,6 @@ struct TileSums {
       for (int p = 1; p < S::num_parts; ++p) token[i] += value[p];
     }
     __syncwarp();
-    if (cta.lane == 0) mbarrier_arrive(&cta.shared.part_free[buffer]);
+    mbarrier_arrive_warp<1>(&cta.shared.part_free[buffer], cta.lane);
   }
 };

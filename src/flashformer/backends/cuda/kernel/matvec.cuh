@@ -160,7 +160,7 @@ __device__ __forceinline__ void matvec_windows(const Cta& cta, RingReader& ring,
 #pragma unroll 1
     for (int window = -1; window < S::num_windows; ++window) {
       Fetch<S::cols, window_fragments> fetch(cta, buffer, tag, (window + 1) * window_fragments);
-      fetch.issue();
+      fetch.issue(cta);
       const int at = window * S::window_chunks;
       const int end = window < 0 ? at : min(at + S::window_chunks, S::num_chunks);
       const u8* x = lane_x + (window & 1) * (max_rows * stride) - at * S::chunk_fragments * 32;

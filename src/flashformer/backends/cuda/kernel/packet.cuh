@@ -23,6 +23,19 @@ __device__ __forceinline__ bool arrived(const Vec16& packet, u32 tag) {
   return ((packet.w[3] & static_cast<u32>(payload)) != 0) == (tag != 0);
 }
 
+// A value for which one bit is not enough, since its place is not written in every layer: it carries the number of the
+// layer since the process started. Eight bytes are one single-copy atomic access, too.
+constexpr u32 dated_bytes = 8;
+
+__device__ __forceinline__ void send_dated(void* at, float value, u32 epoch) {
+  st_relaxed_gpu_b64(at, __float_as_uint(value), epoch);
+}
+
+// Two neighbouring dated values.
+__device__ __forceinline__ bool both_arrived(const Vec16& pair, u32 epoch) {
+  return pair.w[1] == epoch && pair.w[3] == epoch;
+}
+
 // Poll again until the packet is there.
 template <Payload payload>
 __device__ __forceinline__ void await_packet(const Cta& cta, Vec16& packet, const void* at, u32 tag) {

@@ -54,7 +54,7 @@ __device__ __forceinline__ void for_each_unit(const Cta& cta, int step, int wind
     int unit = cta.idx - first_unit % config::num_ctas;
     if (unit < 0) unit += config::num_ctas;
     for (; unit < units; unit += config::num_ctas) {
-      body(row, past, unit / past.num_chunks, unit % past.num_chunks);
+      body(row, past, unit % config::num_kv_heads, unit / config::num_kv_heads);
     }
     first_unit += units;
   }

@@ -24,15 +24,19 @@ __device__ __forceinline__ void mbarrier_arrive(u64* bar) {
   asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}" ::"r"(shared_address(bar)) : "memory");
 }
 
-// `count` arrivals by a whole warp, one of them or several lanes.
+// `count` * arriving_lanes arrivals by a whole warp, for which one of its lanes speaks. A race checker that follows single
+// threads only wants to hear every lane.
+constexpr int arriving_lanes = config::every_lane_arrives ? 32 : 1;
+
 template <int count>
 __device__ __forceinline__ void mbarrier_arrive_warp(u64* bar, int lane) {
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
+  if (lane < arriving_lanes) {
     asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0], %1;\n}" ::"r"(shared_address(bar)),
                  "n"(count) : "memory");
   }
 #else
+  static_assert(arriving_lanes == 1);
   if (lane < count) mbarrier_arrive(bar);
 #endif
 }
@@ -91,12 +95,6 @@ __device__ __forceinline__ void red_release_gpu_add(u32* p, u32 v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-__device__ __forceinline__ u32 atom_acq_rel_gpu_add(u32* p, u32 v) {
-  u32 old;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
-  return old;
-}
-
 __device__ __forceinline__ u32 ld_acquire_gpu(const u32* p) {
   u32 v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -141,6 +139,10 @@ __device__ __forceinline__ void st_relaxed_gpu_b128(void* p, const Vec16& v) {
                "l"(hi) : "memory");
 }
 
+__device__ __forceinline__ void st_relaxed_gpu_b64(void* p, u32 lo, u32 hi) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(lo | u64(hi) << 32) : "memory");
+}
+
 // Through L2 only: what other CTAs wrote in this launch must never be read from this SM's L1.
 __device__ __forceinline__ float ld_cg_f32(const float* p) {
   float v;
@@ -150,8 +152,18 @@ __device__ __forceinline__ float ld_cg_f32(const float* p) {
 
 // --- CTA ---
 
+// Every warp comes with all its lanes. synccheck also wants all warps to come from one place in the code.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same for warps that come from different places. Before sm_90 this is a call that costs registers.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  bar_sync(id, threads);
+#endif
 }
 
 __device__ __forceinline__ u64 globaltimer() {

@@ -103,11 +103,11 @@ __device__ __forceinline__ void ring_init(const Cta& cta) {
   if (cta.thread == 0) {
     for (int i = 0; i < cta.args.num_slots; ++i) {
       mbarrier_init(&cta.shared.full[i], config::arch >= 90 ? 1 : 32);
-      mbarrier_init(&cta.shared.empty[i], num_consumer_warps);
+      mbarrier_init(&cta.shared.empty[i], num_consumer_warps * arriving_lanes);
     }
     mbarrier_init(&cta.shared.kv_ready, 1);
-    for (u64& ready : cta.shared.part_ready) mbarrier_init(&ready, part_arrivals);
-    for (u64& free : cta.shared.part_free) mbarrier_init(&free, 1);
+    for (u64& ready : cta.shared.part_ready) mbarrier_init(&ready, part_arrivals * arriving_lanes);
+    for (u64& free : cta.shared.part_free) mbarrier_init(&free, arriving_lanes);
     cta.shared.aborted = 0;
     cta.shared.last = 0;
     cta.shared.search_rounds = 0;

@@ -102,7 +102,8 @@ __device__ __forceinline__ void pick(const Cta& cta, const Exchange& exchange, i
 
 // Chooses, counts and sends out the next token of every row. Returns whether the launch ends with it, at the same token
 // for all CTAs: the host wants it, a row has its last token, or that was the number of steps.
-__device__ __forceinline__ bool choose_tokens(const Cta& cta, const Exchange& exchange, int step) {
+__device__ __noinline__ bool choose_tokens(const Cta cta, int step) {
+  const Exchange exchange(cta.args);
   if (cta.args.sampled_rows != 0) {
     if (cta.args.adjusted_rows != 0) adjust_rows(cta, step);
     if (cta.args.filtered_rows != 0) {

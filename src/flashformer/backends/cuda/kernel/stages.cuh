@@ -57,7 +57,7 @@ struct Stage {
   static_assert(!windowed || num_chunks >= slots_at_once, "every warp has a part of every tile");
   static constexpr int window_chunks = windowed ? config::window_bytes / max_rows / (chunk_fragments * 32) : num_chunks;
   static constexpr int num_windows = ceil_div(num_chunks, window_chunks);
-  static constexpr int group = windowed ? 2 : 1;  // tiles that share a pass over the windows
+  static constexpr int group = windowed ? config::window_tiles : 1;  // tiles that share a pass over the windows
 
   // This CTA's tiles: contiguous, as even as whole tiles allow (plan/tiles.py).
   static __device__ __forceinline__ int begin(int cta_idx) {
