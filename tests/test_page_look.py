@@ -95,6 +95,9 @@ def test_it_fits_a_phone_and_can_be_read_in_either_scheme(pages, scheme):
         assert box["x"] + box["width"] <= 360
         assert box["y"] + box["height"] <= 740
         assert box["height"] >= 36  # for a finger
+    expect(page.locator("#machine")).to_be_hidden()  # there is room for one of them
+    form = page.locator("#composer").bounding_box()
+    assert form["y"] + form["height"] == pytest.approx(740, abs=1)  # the settings scroll inside
     # WCAG's contrast of every pair of colours that text has.
     ratios = page.evaluate(
         """() => {

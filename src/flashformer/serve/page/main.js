@@ -32,12 +32,15 @@ function send() {
   columns.send(prompt);
 }
 
+// A narrow window has room for one of the two beside the conversation.
 function showSettings(open) {
+  if (open && !wide.matches) showMachine(false);
   byId("settings").hidden = !open;
   byId("settings-toggle").setAttribute("aria-expanded", String(open));
 }
 
 function showMachine(open) {
+  if (open && !wide.matches) showSettings(false);
   byId("machine").classList.toggle("open", open);
   byId("machine").classList.toggle("closed", !open);
   byId("machine-toggle").setAttribute("aria-expanded", String(open));
