@@ -79,6 +79,7 @@ class Chain:
 
     def _captured(self, num_tokens: int) -> torch.cuda.CUDAGraph:
         exchange, packets = self._backend._exchange, self._backend._packet_bytes
+        exchange[:packets].fill_(255)  # loads what is captured below
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             exchange[:packets].fill_(255)  # no packet carries the first tag
