@@ -47,6 +47,7 @@ class EmulatedFunctions:
     def __init__(self, library):
         self._library = library
 
-    def launch(self, name, num_ctas, stream, *args):
-        pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(a) for a in args))
+    def launch(self, name, num_ctas, stream, *values):
+        storage = [ctypes.c_uint64(value) for value in values]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, storage))
         getattr(self._library, f"emulate_{name}")(num_ctas, pointers)

@@ -271,7 +271,7 @@ def test_rows_that_nobody_wants_change_nothing(qwen3, wanted_from):
 def test_matrices_beyond_the_slab_are_unpacked_piece_by_piece(qwen3, monkeypatch):
     plan, image = qwen3
     whole, _ = prefill(plan, image, ids_of(plan), CHUNK, torch.float32)
-    monkeypatch.setattr("flashformer.backends.cuda.prefill.SLAB_BYTES", 1)
+    monkeypatch.setattr("flashformer.backends.cuda.prefill_slab.SLAB_BYTES", 1)
 
     pieces, _ = prefill(plan, image, ids_of(plan), CHUNK, torch.float32)
 

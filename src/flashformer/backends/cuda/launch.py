@@ -80,9 +80,14 @@ class Functions:
         }
         finalize(self, driver.cuModuleUnload, module).atexit = False
 
-    def launch(self, name: str, num_ctas: int, stream: int, *args: Any) -> None:
-        """Start `num_ctas` CTAs of a kernel; `args` are ctypes."""
-        pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(a) for a in args))
+    def launch(self, name: str, num_ctas: int, stream: int, *values: int) -> None:
+        """Start `num_ctas` CTAs of a kernel.
+
+        `values`: pointers, and numbers from 0 on; of 8 bytes each, the kernel reads what it needs.
+        """
+        storage = (ctypes.c_uint64 * len(values))(*values)
+        first = ctypes.addressof(storage)
+        pointers = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
         grid, block = (num_ctas, 1, 1), (self._threads, 1, 1)
         function = self._functions[name]
         check(

@@ -23,14 +23,13 @@ from flashformer.backends.cuda.prefill_ops import (
     multiply,
     rotations,
 )
+from flashformer.backends.cuda.prefill_slab import Operand, operand_of, slab_bytes
 from flashformer.backends.cuda.seen import Seen, channels, most_tokens
-from flashformer.backends.cuda.unpack import dtype_of, padded_cols
 from flashformer.errors import OutOfMemoryError
 from flashformer.model.spec import LayerSpec
-from flashformer.plan.plan import Matrix, Plan
+from flashformer.plan.plan import Plan
 from flashformer.quant.formats import TILE_ROWS
 
-SLAB_BYTES = 256 << 20  # of unpacked weights at once
 LOGIT_ROWS = 128  # whose logits are computed at once
 WARM_ROWS = (32, 256, 1024)  # for which cuBLAS may choose different kernels
 LIBRARY_BYTES = 96 << 20  # workspaces of cuBLAS, small buffers of attention
@@ -40,7 +39,7 @@ def workspace_bytes(plan: Plan) -> int:
     """Most bytes that a chunk takes beside the image and the pages."""
     layer, hidden = plan.spec.layers[0], plan.spec.hidden_size
     rows = min(plan.machine.prompt_rows, plan.options.context)
-    slab = _slab_bytes(plan)
+    slab = slab_bytes(plan)
     # Of a row, at once: the hidden state, its last update and the next in float32, normalised in 16
     # bits; with them q, k and v in float32, rounded queries, attention's output and its copy, or
     # gate, up and their product.
@@ -59,7 +58,7 @@ class _Layer:
 
     index: int
     record: LayerSpec
-    matrices: dict[str, Matrix]
+    matrices: dict[str, Operand]
     vectors: dict[str, torch.Tensor]
 
 
@@ -88,6 +87,8 @@ class Prefill:
         else:
             self._ops = TorchOps(plan.spec.layers[0].head_dim, plan.spec.rms_norm_eps)
         self._channels = channels(plan)
+        self._slab = torch.empty(slab_bytes(plan), dtype=torch.uint8, device=image.device)
+        operands = {(m.name, m.layer): operand_of(m, image, self._slab) for m in plan.matrices}
         vectors = _views(plan, image)
         self._ropes = [
             (vectors["inv_freq", i], factor) for i, factor in enumerate(plan.attention_factors)
@@ -96,16 +97,15 @@ class Prefill:
             _Layer(
                 index,
                 record,
-                {m.name: m for m in plan.matrices if m.layer == index},
+                {name: operand for (name, at), operand in operands.items() if at == index},
                 {v.name: vectors[v.name, index] for v in plan.vectors if v.layer == index},
             )
             for index, record in enumerate(plan.spec.layers)
         ]
         self._norm = vectors["norm", -1]
-        self._head = plan.matrix("lm_head")
+        self._head = operands["lm_head", -1]
         tied = plan.spec.tie_word_embeddings
-        self._embedding = self._head if tied else plan.matrix("embed_tokens")
-        self._slab = torch.empty(_slab_bytes(plan), dtype=torch.uint8, device=image.device)
+        self._embedding = self._head if tied else operands["embed_tokens", -1]
         self._seen = Seen(plan, kv, self._ops)
 
     def warm_up(self, num_pages: int) -> None:
@@ -143,7 +143,7 @@ class Prefill:
         self, token_ids: Int32, first: int, pages: torch.Tensor, logit_rows: Int32
     ) -> Float32:
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(pages.device)
-        parts, start = [np.empty((0, self._head.rows), np.float32)], 0
+        parts, start = [np.empty((0, self._head.num_rows), np.float32)], 0
         while start < len(ids):
             end = min(len(ids), start + self._machine.chunk_rows(first + start))
             rows = logit_rows[(logit_rows >= start) & (logit_rows < end)] - start
@@ -193,16 +193,17 @@ class Prefill:
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding: float32 [rows, hidden_size]."""
-        matrix = self._embedding
+        table = self._embedding
+        room = table.pieces[0]
         hidden = torch.empty(
-            (len(token_ids), matrix.cols), dtype=torch.float32, device=token_ids.device
+            (len(token_ids), table.cols), dtype=torch.float32, device=token_ids.device
         )
-        tiles, step = self._tiles(matrix), self._slab_tiles(matrix)
-        for start in range(0, len(token_ids), step):
-            ids = token_ids[start : start + step]
-            rows = self._unpacked(matrix, tiles[ids // TILE_ROWS])
+        for start in range(0, len(token_ids), len(room.tiles)):
+            ids = token_ids[start : start + len(room.tiles)]
+            rows = room.rows[: len(ids) * TILE_ROWS]
+            self._ops.unpack(table.tiles[ids // TILE_ROWS], table.weight_format, rows)
             picked = torch.arange(len(ids), device=ids.device) * TILE_ROWS + ids % TILE_ROWS
-            hidden[start : start + step] = rows[picked]
+            hidden[start : start + len(ids)] = rows[picked, : table.cols]
         return hidden
 
     def _heads(
@@ -238,7 +239,7 @@ class Prefill:
         """The MLP of normalised rows, without the last bias: float32 [rows, hidden_size]."""
         gate_up, down = layer.matrices["gate_up"], layer.matrices["down"]
         pairs = self._project(x, gate_up, self._dtype(gate_up))
-        size = (len(x), gate_up.num_tiles * TILE_ROWS // 2)
+        size = (len(x), gate_up.num_rows // 2)
         activated = torch.empty(size, dtype=self._dtype(down), device=x.device)
         self._ops.activate(pairs, layer.vectors.get("gate_up_bias"), activated)
         return self._project(activated[:, : down.cols], down, torch.float32)
@@ -248,43 +249,23 @@ class Prefill:
         hidden: torch.Tensor,
         update: Update | None,
         weight: torch.Tensor,
-        reader: Matrix,
+        reader: Operand,
     ) -> torch.Tensor:
         """Add to the hidden state; normalised rows as `reader` takes them: [rows, hidden_size]."""
         out = torch.empty_like(hidden, dtype=self._dtype(reader))
         self._ops.add_norm(hidden, update, weight, out)
         return out
 
-    def _project(self, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix times every row of `x`: [rows, n]; of gate_up in the order of its tiles."""
-        num_rows = matrix.num_tiles * TILE_ROWS if matrix.name == "gate_up" else matrix.rows
-        out = torch.empty((len(x), num_rows), dtype=dtype, device=x.device)
-        tiles, step = self._tiles(matrix), self._slab_tiles(matrix)
-        for start in range(0, len(tiles), step):
-            weights = self._unpacked(matrix, tiles[start : start + step])
-            columns = out[:, start * TILE_ROWS : (start + step) * TILE_ROWS]
-            multiply(x, weights[: columns.shape[1]], columns)
+    def _project(self, x: torch.Tensor, operand: Operand, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix times every row of `x`: [rows, num_rows]."""
+        out = torch.empty((len(x), operand.num_rows), dtype=dtype, device=x.device)
+        for piece in operand.pieces:
+            self._ops.unpack(piece.tiles, operand.weight_format, piece.rows)
+            multiply(x, piece.weights, out[:, piece.columns])
         return out
 
-    def _unpacked(self, matrix: Matrix, tiles: torch.Tensor) -> torch.Tensor:
-        """`tiles` as rows, in the slab: [16 n, cols], until the next call."""
-        weight_format = matrix.weight_format
-        shape = (len(tiles) * TILE_ROWS, padded_cols(weight_format, matrix.cols))
-        out = self._slab.view(dtype_of(weight_format))[: shape[0] * shape[1]].view(shape)
-        self._ops.unpack(tiles, weight_format, out)
-        return out[:, : matrix.cols]
-
-    def _tiles(self, matrix: Matrix) -> torch.Tensor:
-        """The matrix in the image: uint8 [tiles, tile_bytes]."""
-        stored = self._image[matrix.offset : matrix.offset + matrix.nbytes]
-        return stored.view(matrix.num_tiles, matrix.tile_bytes)
-
-    def _slab_tiles(self, matrix: Matrix) -> int:
-        """Unpacked tiles that fit the slab."""
-        return self._slab.numel() // _unpacked_bytes(matrix)
-
-    def _dtype(self, matrix: Matrix) -> torch.dtype:
-        return self._activations or dtype_of(matrix.weight_format)
+    def _dtype(self, operand: Operand) -> torch.dtype:
+        return self._activations or operand.dtype
 
 
 def _views(plan: Plan, image: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
@@ -295,14 +276,3 @@ def _views(plan: Plan, image: torch.Tensor) -> dict[tuple[str, int], torch.Tenso
         stored = image[v.offset : v.offset + 4 * v.length].view(torch.float32)
         views[v.name, v.layer] = stored[: short.get(v.name, v.length)]
     return views
-
-
-def _unpacked_bytes(matrix: Matrix) -> int:
-    """Bytes of one unpacked tile."""
-    return TILE_ROWS * padded_cols(matrix.weight_format, matrix.cols) * 2
-
-
-def _slab_bytes(plan: Plan) -> int:
-    """Room for the largest matrix, or for as many of its tiles as SLAB_BYTES holds."""
-    largest = max(m.num_tiles * _unpacked_bytes(m) for m in plan.matrices)
-    return min(largest, max(SLAB_BYTES, *(_unpacked_bytes(m) for m in plan.matrices)))

@@ -1,8 +1,5 @@
 """The steps of a prompt between matrix products, as kernels: each reads and writes memory once."""
 
-import ctypes
-from typing import Any
-
 import torch
 
 from flashformer.backends.cuda.compile import compile_kernel
@@ -75,13 +72,13 @@ class KernelOps(PrefillOps):
 
     def _launch(self, name: str, num_ctas: int, *arguments: torch.Tensor | int | None) -> None:
         if num_ctas:
-            self._functions.launch(name, num_ctas, self._stream, *map(_argument, arguments))
+            self._functions.launch(name, num_ctas, self._stream, *map(_value, arguments))
 
 
-def _argument(value: torch.Tensor | int | None) -> Any:
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_void_p(None) if value is None else ctypes.c_int32(value)
+def _value(argument: torch.Tensor | int | None) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    return argument or 0
 
 
 def _is_f16(tensor: torch.Tensor) -> int:
