@@ -3,7 +3,7 @@
 The upper byte of a bfloat16 (sign, seven bits of the exponent) takes few values: the weights of a
 tile lie within some powers of two. A tile has a table of 16 of them, 0 and the 15 most frequent
 others. A weight with another upper byte is an exception: its code is +0, and its place and value
-stand in the tile's head. Among normally distributed weights about one in 5000 is one.
+stand in the tile's head. Among normally distributed weights about one in 8000 is one.
 
 head      table [16 bytes], row_ends [16 x uint16], exceptions {column, bits: uint16} row after row
           in the order of the columns, zeros up to whole cache lines
