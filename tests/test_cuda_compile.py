@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from flashformer.backends.cuda.compile import build_cubin
-from flashformer.backends.cuda.machine import Device, fit_machine
+from flashformer.backends.cuda.machine import Device, fit_machine, text_before_zero
 from flashformer.codegen.cuda_header import render_cuda
 from flashformer.errors import UnsupportedModelError, UsageError
 from flashformer.model.shapes import SHAPES
@@ -72,6 +72,11 @@ def test_the_stream_kernel_compiles():
     plan = plan_for("sm_90a", "llama-3.2-1b")
 
     assert build_cubin(render_cuda(plan), "stream", "sm_90a").resources.spill_bytes == 0
+
+
+def test_a_gpu_s_name_ends_at_its_zero_whatever_the_driver_leaves_behind_it():
+    assert text_before_zero(b"NVIDIA H100 80GB HBM3\0\0\0      ") == "NVIDIA H100 80GB HBM3"
+    assert text_before_zero(b"NVIDIA H200") == "NVIDIA H200"
 
 
 def test_every_cta_has_a_tile_of_every_matrix():

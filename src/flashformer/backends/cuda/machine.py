@@ -118,10 +118,15 @@ def find_device() -> Device:
 
     _, name = driver.cuDeviceGetName(128, handle)
     return Device(
-        name=name.rstrip(b"\0").decode(),
+        name=text_before_zero(name),
         major=read("COMPUTE_CAPABILITY_MAJOR"),
         minor=read("COMPUTE_CAPABILITY_MINOR"),
         num_sms=read("MULTIPROCESSOR_COUNT"),
         shared_bytes=read("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         cooperative=bool(read("COOPERATIVE_LAUNCH")),
     )
+
+
+def text_before_zero(raw: bytes) -> str:
+    """A string of C; what lies behind its end in the buffer means nothing."""
+    return raw.split(b"\0", 1)[0].decode()
