@@ -34,7 +34,7 @@ Pair = tuple[torch.cuda.Event, torch.cuda.Event]
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "unpack": [(KernelOps, "unpack")],
     "products": [(prefill, "multiply")],
-    "attention": [(prefill, "attend")],
+    "attention": [(prefill, "attend"), (prefill, "attend_in_blocks")],
     "norms": [(KernelOps, "add_norm")],
     "heads": [(KernelOps, "split_heads")],
     "activation": [(KernelOps, "activate")],

@@ -130,6 +130,19 @@ def test_gate_and_up_become_activations(case, with_bias):
     assert_same(found, expected)
 
 
+def test_two_results_of_attention_are_blended(case):
+    layer = case.layer
+    shape = (ROWS, layer.num_q_heads, -(-layer.head_dim // 16) * 16)
+    found, other = case.normal(2, *shape).bfloat16()
+    expected = found.clone()
+    share = torch.rand(layer.num_q_heads, ROWS, device=case.device)
+
+    case.kernels.blend(found, other, share)
+
+    case.plain.blend(expected, other, share)
+    assert_same(found, expected)
+
+
 def test_pages_are_stored_and_loaded_bit_by_bit(case):
     layer, page_tokens = case.layer, case.plan.machine.page_tokens
     channels = -(-layer.head_dim // 16) * 16

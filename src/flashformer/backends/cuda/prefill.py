@@ -12,6 +12,11 @@ import numpy as np
 import torch
 
 from flashformer.backends.base import Float32, Int32
+from flashformer.backends.cuda.prefill_attention import (
+    attend,
+    attend_in_blocks,
+    blocks_are_fast,
+)
 from flashformer.backends.cuda.prefill_kernels import KernelOps
 from flashformer.backends.cuda.prefill_ops import (
     Heads,
@@ -19,7 +24,6 @@ from flashformer.backends.cuda.prefill_ops import (
     Rotation,
     TorchOps,
     Update,
-    attend,
     multiply,
     rotations,
 )
@@ -107,6 +111,8 @@ class Prefill:
         tied = plan.spec.tie_word_embeddings
         self._embedding = self._head if tied else operands["embed_tokens", -1]
         self._seen = Seen(plan, kv, self._ops)
+        query = self._new_query(self._layers[0].record, 1)
+        self._blocks = blocks_are_fast(query, self._seen.keys)
 
     def warm_up(self, num_pages: int) -> None:
         """Run prompts of a few lengths through the first pages, whose content is lost.
@@ -119,6 +125,17 @@ class Prefill:
             pages = torch.arange(-(-rows // page_tokens), device=device)
             last = np.array([rows - 1], np.int32)
             self.prompt(np.zeros(rows, np.int32), 0, pages, last)
+        self._warm_up_blocks()
+
+    @torch.inference_mode()
+    def _warm_up_blocks(self) -> None:
+        rows, seen = self._machine.prompt_rows, self._seen
+        query = self._new_query(self._layers[0].record, rows)
+        past = rows
+        while self._blocks and rows + past <= seen.max_tokens:
+            both = seen.keys[: rows + past], seen.values[: rows + past]
+            attend_in_blocks(query, *both, 1.0, self._ops)
+            past *= 2
 
     @torch.inference_mode()
     def prompt(
@@ -217,20 +234,25 @@ class Prefill:
         """Queries of the rows, keys and values that they see; the own ones go to their pages."""
         record = layer.record
         keys, values = self._seen.open(layer.index, first, len(qkv), record.window, pages)
-        query = torch.empty(
-            (len(qkv), record.num_q_heads, self._channels),
-            dtype=self._activations or torch.bfloat16,
-            device=qkv.device,
-        )
+        query = self._new_query(record, len(qkv))
         self._ops.split_heads(qkv, layer.vectors, rotation, Heads(query, keys, values))
         return query, *self._seen.close(layer.index, pages)
+
+    def _new_query(self, record: LayerSpec, rows: int) -> torch.Tensor:
+        shape = (rows, record.num_q_heads, self._channels)
+        dtype = self._activations or torch.bfloat16
+        return torch.empty(shape, dtype=dtype, device=self._image.device)
 
     def _attention(
         self, layer: _Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """Attention of the rows through o_proj: float32 [rows, hidden_size]."""
-        record = layer.record
-        attended = attend(query, keys, values, record.attention_scale, record.window)
+        record, rows = layer.record, len(query)
+        whole = rows == self._machine.prompt_rows and len(keys) % rows == 0
+        if self._blocks and whole and not record.window:
+            attended = attend_in_blocks(query, keys, values, record.attention_scale, self._ops)
+        else:
+            attended = attend(query, keys, values, record.attention_scale, record.window)
         x = attended[..., : record.head_dim].reshape(len(query), record.q_rows)
         o_proj = layer.matrices["o_proj"]
         return self._project(x.to(self._dtype(o_proj)), o_proj, torch.float32)

@@ -15,7 +15,7 @@ WARPS = THREADS // 32
 SPAN_BLOCKS = 8  # of a tile, which one warp unpacks
 BLOCK_BYTES = 512  # of one fragment of 16 bits
 QUAD = 8  # elements that one thread moves between pages and rows: 2 positions of 4 channels
-NAMES = ("unpack_16", "add_norm", "split_heads", "activate", "load_pages", "store_pages")
+NAMES = ("unpack_16", "add_norm", "split_heads", "activate", "blend", "load_pages", "store_pages")
 
 
 class KernelOps(PrefillOps):
@@ -56,6 +56,11 @@ class KernelOps(PrefillOps):
         tiles = pairs.shape[1] // TILE_ROWS
         count = len(pairs) * tiles
         self._launch("activate", -(-count // THREADS), pairs, bias, out, count, tiles, _is_f16(out))
+
+    def blend(self, out: torch.Tensor, other: torch.Tensor, share: torch.Tensor) -> None:
+        """See `PrefillOps`, for queries' heads; one thread eight channels."""
+        count = out.numel() // 8
+        self._launch("blend", -(-count // THREADS), out, other, share, count, len(out))
 
     def load_pages(self, pages: Pages, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `kv_pages.load_pages`."""

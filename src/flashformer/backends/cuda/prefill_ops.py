@@ -61,6 +61,10 @@ class PrefillOps(Protocol):
         """silu(gate) x up: `pairs` [rows, 16 tiles] in the tiles' order -> [rows, 8 tiles]."""
         ...
 
+    def blend(self, out: torch.Tensor, other: torch.Tensor, share: torch.Tensor) -> None:
+        """Move `out` by `share` (float32 [heads, rows]) towards `other` [rows, heads, channels]."""
+        ...
+
     def load_pages(self, pages: Pages, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `kv_pages.load_pages`."""
         ...
@@ -113,6 +117,10 @@ class TorchOps(PrefillOps):
         gate, up = both.view(len(pairs), -1, 2, TILE_ROWS // 2).unbind(2)
         out.copy_((functional.silu(gate) * up).flatten(1))
 
+    def blend(self, out: torch.Tensor, other: torch.Tensor, share: torch.Tensor) -> None:
+        """See `PrefillOps`."""
+        out.copy_(torch.lerp(out.float(), other.float(), share.T[..., None]))
+
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, x.shape[-1:], weight, self._eps)
 
@@ -139,30 +147,3 @@ def multiply(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(x, weights.T, out=out)
     else:
         torch.mm(x, weights.T, out_dtype=out.dtype, out=out)
-
-
-def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int
-) -> torch.Tensor:
-    """Causal attention of the last rows of a sequence: [rows, q heads, channels].
-
-    `query` [rows, q heads, channels]; `keys`, `values` [positions, kv heads, channels]; the last
-    row sits at the last position. A row sees its last `window` positions (0: all).
-    """
-    rows, seen = len(query), len(keys)
-    if query.is_cuda:
-        # The op below scaled_dot_product_attention: that one knows neither a window nor a causal
-        # mask that ends in the lower right corner.
-        out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-            query[None], keys[None], values[None], None, None, rows, seen, 0.0, True, False,
-            scale=scale, window_size_left=window - 1, window_size_right=0,
-        )[0]  # fmt: skip
-        return out[0]
-    at = torch.arange(seen - rows, seen, device=query.device)[:, None]
-    position = torch.arange(seen, device=query.device)
-    mask = (position <= at) & (position > at - (window or seen))
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))
-    attended = functional.scaled_dot_product_attention(
-        q, k.to(q.dtype), v.to(q.dtype), mask, scale=scale, enable_gqa=True
-    )
-    return attended[0].transpose(0, 1)

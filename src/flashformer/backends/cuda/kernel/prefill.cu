@@ -161,6 +161,30 @@ extern "C" __global__ void __launch_bounds__(prefill_threads)
   out[at] = result;
 }
 
+// out += share * (other - out), one thread eight channels: out, other [rows][q heads][head_dim padded], share [q heads][rows].
+extern "C" __global__ void __launch_bounds__(prefill_threads)
+    blend(Vec16* out, const Vec16* other, const float* share, u32 count, int rows) {
+  constexpr u32 vecs = head_dim_padded / 8;
+  constexpr u32 heads = config::group * config::num_kv_heads;
+  const u32 at = blockIdx.x * prefill_threads + threadIdx.x;
+  if (at >= count) return;
+  const float part = share[u64(at / vecs % heads) * rows + at / (vecs * heads)];
+  Vec16 own = out[at];
+  const Vec16 added = other[at];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    u32 word = 0;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float a = widen_16(own.w[i] >> 16 * k & 0xffff, false);
+      const float b = widen_16(added.w[i] >> 16 * k & 0xffff, false);
+      word |= static_cast<u32>(round_16(a + part * (b - a), false)) << 16 * k;
+    }
+    own.w[i] = word;
+  }
+  out[at] = own;
+}
+
 // Between pages of a layer and plain rows [num_pages x page_tokens][kv heads][head_dim padded], in one pass.
 struct PageCopy {
   u8* layer;             // [pages][kv heads][keys, values][page]
