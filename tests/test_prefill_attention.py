@@ -46,7 +46,7 @@ def test_blocks_of_a_gpu_are_as_close_to_float32_as_one_piece(chunks):
     rows, shape = 512, (chunks * 512, 8, 128)
     query = torch.randn(rows, 32, 128, device="cuda", dtype=torch.bfloat16)
     keys, values = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16)
-    if not blocks_are_fast(query, keys):
+    if not blocks_are_fast(query, keys[:rows]):
         pytest.skip("cuDNN's attention does not run on this GPU")
     exact = attend(*(x.float().cpu() for x in (query, keys, values)), 128**-0.5, 0)
 

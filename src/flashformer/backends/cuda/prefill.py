@@ -111,8 +111,9 @@ class Prefill:
         tied = plan.spec.tie_word_embeddings
         self._embedding = self._head if tied else operands["embed_tokens", -1]
         self._seen = Seen(plan, kv, self._ops)
-        query = self._new_query(self._layers[0].record, 1)
-        self._blocks = blocks_are_fast(query, self._seen.keys)
+        rows = self._machine.page_tokens
+        query = self._new_query(self._layers[0].record, rows)
+        self._blocks = blocks_are_fast(query, self._seen.keys[:rows])
 
     def warm_up(self, num_pages: int) -> None:
         """Run prompts of a few lengths through the first pages, whose content is lost.

@@ -66,7 +66,10 @@ def past_blocks(past: int, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def blocks_are_fast(query: torch.Tensor, keys: torch.Tensor) -> bool:
-    """Whether this is a GPU on which cuDNN is the faster one, and it takes such heads."""
+    """Whether this is a GPU on which cuDNN is the faster one, and it takes such heads.
+
+    `query` [rows, q heads, channels] and `keys` [rows, kv heads, channels] have as many rows.
+    """
     if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] < HOPPER:
         return False
     q, k = (x.transpose(0, 1)[None] for x in (query, keys))
