@@ -12,13 +12,14 @@ from flashformer.plan.machine import Machine
 from flashformer.plan.pack import pack
 from flashformer.plan.plan import PlanOptions, make_plan
 from flashformer.quant.formats import CHOICES
+from flashformer.quant.layout import PANEL_FORMATS
 
-FRAGMENT_FORMATS = ("bf16", "f16")
-PACKINGS = [
-    (layout, name)
-    for layout in ("rows", "panel", "fragment")
-    for name in (FRAGMENT_FORMATS if layout == "fragment" else CHOICES)
-]
+LAYOUT_FORMATS = {
+    "rows": CHOICES,
+    "panel": tuple(name for name in CHOICES if name in PANEL_FORMATS),
+    "fragment": tuple(name for name in CHOICES if name != "f32"),
+}
+PACKINGS = [(layout, name) for layout, names in LAYOUT_FORMATS.items() for name in names]
 
 
 def layer_spec(**changes):

@@ -22,7 +22,7 @@ from flashformer.plan.pack import (
 )
 from flashformer.quant.decode import decode
 from flashformer.quant.encode import encode
-from flashformer.quant.formats import CHOICES, FORMATS
+from flashformer.quant.formats import FORMATS
 from specs import PACKINGS, SpecWeights, layer_spec, model_spec, model_specs, packed, packings
 from specs import plan_of as make
 
@@ -144,8 +144,8 @@ def test_weights_too_large_for_a_format_are_refused(name):
 def test_a_checkpoint_of_any_float_type_packs_into_any_format(dtype):
     spec = model_spec()
     weights = SpecWeights(spec, dtype)
-    for name in CHOICES:
-        plan = make(spec, name)
+    for layout, name in PACKINGS:
+        plan = make(spec, name, layout=layout)
         matrix = plan.matrix("qkv", 1)
         expected = quantised(source(weights, matrix), name)
         assert np.array_equal(unpack(plan, packed(plan, weights), matrix), expected)

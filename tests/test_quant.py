@@ -14,7 +14,8 @@ from flashformer.quant.formats import CHOICES, FORMATS, TILE_ROWS
 from flashformer.quant.layout import arrange, check_layout, restore
 from specs import PACKINGS
 
-GROUPED = ("int4", "int4g128")
+GROUPED = ("int4", "int4g64", "int4g128")
+SPANNED = ("int4z", "int4g64z", "int4g128z")  # with zero-points
 # Weights of any checkpoint, its subnormals included; float16 scales end at 65504.
 floats = st.floats(-60000, 60000, width=32, allow_nan=False)
 matrices = st.tuples(st.integers(1, 5), st.integers(1, 300)).flatmap(
@@ -29,7 +30,7 @@ def round_trip(matrix, name):
 def random_codes(name, tiles, cols, seed=0):
     random = np.random.default_rng(seed)
     dtype = np.dtype(CODE_DTYPES[name])
-    if name in GROUPED:
+    if FORMATS[name].bits == 4:
         return random.integers(0, 16, (tiles, TILE_ROWS, cols), np.uint8)
     raw = random.integers(0, 256, (tiles, TILE_ROWS, cols * dtype.itemsize), np.uint8)
     return raw.view(dtype)
@@ -57,8 +58,9 @@ def test_bfloat16_widens_to_the_same_number_for_every_bit_pattern():
 
 @given(matrices)
 def test_int8_is_at_most_half_a_step_away(matrix):
-    codes, scales = encode(matrix, FORMATS["int8"])
-    error = np.abs(decode((codes, scales), FORMATS["int8"]) - matrix)
+    encoded = encode(matrix, FORMATS["int8"])
+    scales = encoded.scales
+    error = np.abs(decode(encoded, FORMATS["int8"]) - matrix)
     # A product and a quotient in float32 round by 2^-24 of at most 127 steps each; where the scale
     # is subnormal it may itself be half of the smallest float away from absmax / 127.
     smallest = np.finfo(np.float32).smallest_subnormal
@@ -68,7 +70,7 @@ def test_int8_is_at_most_half_a_step_away(matrix):
 
 @given(matrices)
 def test_int8_maps_the_largest_magnitude_of_a_row_to_127(matrix):
-    codes, _ = encode(matrix, FORMATS["int8"])
+    codes = encode(matrix, FORMATS["int8"]).codes
     largest = np.abs(matrix).max(axis=1)
     normal = largest > 1e-30
     assert (np.abs(codes).max(axis=1)[normal] == 127).all()
@@ -79,7 +81,7 @@ def test_int8_maps_the_largest_magnitude_of_a_row_to_127(matrix):
 @given(matrix=matrices)
 def test_int4_picks_the_nearest_code_for_the_scale_that_is_stored(name, matrix):
     weight_format = FORMATS[name]
-    codes, scales = encode(matrix, weight_format)
+    codes, scales, _ = encode(matrix, weight_format)
     assert scales.dtype == np.float16
     steps = scales.astype(np.float64)[:, np.arange(matrix.shape[1]) // weight_format.block_cols]
     every = (np.arange(16) - 8) * steps[..., None]
@@ -131,13 +133,40 @@ def test_restoring_an_arranged_block_gives_its_codes_back(layout, name):
     assert restore(stored, FORMATS[name], layout).tobytes() == codes.tobytes()
 
 
+@pytest.mark.parametrize("name", SPANNED)
+@given(matrix=matrices)
+def test_zero_points_keep_every_weight_within_a_step_of_its_group(name, matrix):
+    encoded = encode(matrix, FORMATS[name])
+    steps = encoded.scales.astype(np.float64)
+    steps = steps[:, np.arange(matrix.shape[1]) // FORMATS[name].block_cols]
+    error = np.abs(decode(encoded, FORMATS[name]) - matrix.astype(np.float64))
+    # Half a step for the code and half for the zero-point. A scale rounded down by 2^-11 leaves up
+    # to 15 * 2^-11 steps beyond the last code; below the smallest float16 all is zero or one step.
+    bound = steps * (1 + 15 * 2**-11 + 2**-15) + 15 * 2**-25 + np.abs(matrix) * (steps == 0)
+    assert (error <= bound).all()
+
+
+@given(matrix=matrices)
+def test_fp8_is_at_most_half_a_spacing_away(matrix):
+    encoded = encode(matrix, FORMATS["fp8"])
+    error = np.abs(decode(encoded, FORMATS["fp8"]) - matrix.astype(np.float64))
+    # 3 bits behind the point: 2^-4 of the number; below 2^-6 steps of 2^-9. Scale and quotient
+    # round.
+    scales = encoded.scales.astype(np.float64)[:, None]
+    tiny = 448 * np.finfo(np.float32).smallest_subnormal
+    assert (
+        error <= np.abs(matrix) * (2**-4 + 2**-22) + scales * 2**-10 * (1 + 2**-20) + tiny
+    ).all()
+
+
 @settings(max_examples=20)
 @given(st.sampled_from(list(CHOICES)), st.integers(1, 500))
 def test_a_tile_has_room_for_its_codes_and_scales_and_nothing_else(name, cols):
     weight_format = FORMATS[name]
     padded = -(-cols // weight_format.block_cols) * weight_format.block_cols
     codes = TILE_ROWS * padded * weight_format.bits // 8
-    per_row = {"none": 0, "row": 4, "group": 2 * (padded // weight_format.block_cols)}
+    group_bytes = 3 if weight_format.zeros else 2
+    per_row = {"none": 0, "row": 4, "group": group_bytes * (padded // weight_format.block_cols)}
     assert weight_format.tile_bytes(cols) == codes + TILE_ROWS * per_row[weight_format.scale]
 
 
@@ -183,7 +212,13 @@ def test_a_fragment_holds_the_a_operand_of_each_lane_in_16_bytes():
 
 
 @pytest.mark.parametrize(
-    ("layout", "name", "word"), [("fragment", "int4", "16-bit"), ("spiral", "bf16", "unknown")]
+    ("layout", "name", "word"),
+    [
+        ("fragment", "f32", "16 bits"),
+        ("panel", "fp8", "--device cuda"),
+        ("panel", "int4g64z", "--device cuda"),
+        ("spiral", "bf16", "unknown"),
+    ],
 )
 def test_a_layout_that_cannot_hold_a_format_is_refused(layout, name, word):
     with pytest.raises(PlanError, match=word):

@@ -10,12 +10,12 @@ from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.pack import unpack
 from flashformer.plan.plan import PlanOptions, make_plan
-from flashformer.quant.formats import FORMATS
+from flashformer.quant.formats import CHOICES
 
 SIZES = {"num_hidden_layers": 1, "vocab_size": 517, "hidden_size": 576, "intermediate_size": 1000}
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "f32"])
+@pytest.mark.parametrize("name", [name for name in CHOICES if name != "f32"])
 def test_the_weights_of_every_format_are_finite_and_of_the_size_that_was_meant(name):
     spec = ModelSpec.from_hf({**SHAPES["smollm2-135m"], **SIZES})
     plan = make_plan(spec, reference_machine(), PlanOptions(name, name, 64, 1))

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from flashformer.codegen.arguments import render_struct
 from flashformer.codegen.step_args import STEP_ARGS
 from flashformer.plan.plan import Matrix, Plan
-from flashformer.quant.formats import COMPACT, FORMATS
+from flashformer.quant.formats import COMPACT
+from flashformer.quant.layout import PANEL_FORMATS
 
 LAYER_MATRICES = ("qkv", "o_proj", "gate_up", "down")
 LAYER_VECTORS = (
@@ -43,7 +44,7 @@ def render(plan: Plan) -> str:
         render_struct(STEP_ARGS),
         "",
         "namespace config {",
-        f"enum class Format {{ {', '.join(FORMATS)} }};",
+        f"enum class Format {{ {', '.join(PANEL_FORMATS)} }};",
         *_records(),
         *(f"inline constexpr {kind} {name} = {value};" for kind, name, value in _constants(plan)),
         *_tables(plan, splits),

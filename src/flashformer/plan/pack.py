@@ -17,8 +17,8 @@ from flashformer.plan.plan import Matrix, Plan, Vector
 from flashformer.quant.compact import arrange_compact, restore_compact
 from flashformer.quant.decode import decode
 from flashformer.quant.encode import Encoded, Float32, encode, widen
-from flashformer.quant.formats import COMPACT, TILE_ROWS
-from flashformer.quant.layout import arrange, restore
+from flashformer.quant.formats import COMPACT, TILE_ROWS, Format
+from flashformer.quant.layout import arrange, restore, scale_rows
 
 Image = npt.NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]  # what ("packing"), bytes done, bytes in all
@@ -117,13 +117,14 @@ def unpack_tiles(plan: Plan, image: Image, matrix: Matrix, first: int, end: int)
     else:
         codes = restore(blocks[..., scale_bytes:], weight_format, plan.machine.layout)
     codes = codes.reshape(-1, codes.shape[2])
-    scales = None
-    if weight_format.scale == "group":
-        stored = blocks[..., :scale_bytes].view(np.float16)  # [tiles, blocks, 16]
-        scales = stored.transpose(0, 2, 1).reshape(codes.shape[0], -1)
-    elif weight_format.scale == "row":
+    scales = zeros = None
+    if weight_format.scale == "row":
         scales = row_scales.reshape(-1)
-    return decode(Encoded(codes, scales), weight_format)[:, : matrix.cols]
+    elif weight_format.scale == "group":
+        group_scales, zero_points = _group_views(blocks, weight_format)
+        scales = _by_rows(group_scales, plan.machine.layout)
+        zeros = _by_rows(zero_points, plan.machine.layout) if weight_format.zeros else None
+    return decode(Encoded(codes, scales, zeros), weight_format)[:, : matrix.cols]
 
 
 def read_vector(image: Image, vector: Vector) -> Float32:
@@ -146,6 +147,21 @@ def _tile_views(image: Image, matrix: Matrix, first: int, end: int) -> tuple[Any
     split = head + num_blocks * weight_format.block_bytes
     blocks = tiles[:, head:split].reshape(end - first, num_blocks, -1)
     return tiles[:, :head], blocks, tiles[:, split:].view(np.float32)
+
+
+def _group_views(blocks: Image, weight_format: Format) -> tuple[Any, Any]:
+    """Views [tiles, blocks, 16] of the blocks' scales and zero-points."""
+    split = 2 * TILE_ROWS
+    scales = blocks[..., :split].view(np.float16)
+    return scales, blocks[..., split : weight_format.block_scale_bytes]
+
+
+def _by_rows(stored: npt.NDArray[Any], layout: str) -> npt.NDArray[Any]:
+    """[tiles, blocks, 16] as the layout orders a tile's rows -> [16 x tiles, blocks]."""
+    tiles, blocks, _ = stored.shape
+    found = np.empty((tiles, TILE_ROWS, blocks), stored.dtype)
+    found[:, scale_rows(layout)] = stored.transpose(0, 2, 1)
+    return found.reshape(-1, blocks)
 
 
 def _pack_matrix(
@@ -209,7 +225,7 @@ def _pack_tiles(
 ) -> None:
     weight_format = matrix.weight_format
     heads, blocks, row_scales = _tile_views(image, matrix, first, end)
-    codes, scales = encode(rows, weight_format)
+    codes, scales, zeros = encode(rows, weight_format)
     if codes.dtype != rows.dtype and not np.isfinite(codes if scales is None else scales).all():
         raise CheckpointError(
             f"{_label(matrix.name, matrix.layer)} has weights too large for the format "
@@ -225,8 +241,13 @@ def _pack_tiles(
     if scales is not None and weight_format.scale == "row":
         row_scales[...] = scales.reshape(row_scales.shape)
     elif scales is not None:
-        stored = blocks[..., :scale_bytes].view(np.float16)
-        stored[...] = scales.reshape(end - first, TILE_ROWS, -1).transpose(0, 2, 1)
+        rows_of = scale_rows(plan.machine.layout)
+        for stored, values in zip(
+            _group_views(blocks, weight_format), (scales, zeros), strict=True
+        ):
+            if values is not None:
+                by_tile = values.reshape(end - first, TILE_ROWS, -1)
+                stored[...] = by_tile[:, rows_of].transpose(0, 2, 1)
 
 
 def _pack_vector(plan: Plan, vector: Vector, weights: WeightSource, image: Image) -> None:
