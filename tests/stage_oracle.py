@@ -39,6 +39,15 @@ def to_bf16(x):
     return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
+def integers(x):
+    """Activations as the kernel multiplies them with int8 and int4: of 128 columns the largest is
+    at least 2^13 units and less than 2^14 (kernel/format.cuh)."""
+    groups = np.pad(x, ((0, 0), (0, -x.shape[1] % 128))).reshape(len(x), -1, 128)
+    largest = np.abs(groups).max(2, keepdims=True)
+    unit = np.exp2(np.floor(np.log2(np.where(largest > 0, largest, 1))) - 13)
+    return (np.rint(groups / unit) * unit).reshape(len(x), -1)[:, : x.shape[1]]
+
+
 @dataclass
 class StageOracle:
     """Follows one backend through its steps; `hidden` is the residual stream of the step."""
@@ -51,8 +60,10 @@ class StageOracle:
 
     def __post_init__(self):
         self.spec = self.plan.spec
-        self.u = ROUNDING[self.plan.options.format]
-        self.scale = F16_EXCHANGE_SCALE if self.plan.options.format == "f16" else 1.0
+        f16 = self.plan.options.format == "f16"
+        self.u = ROUNDING["f16" if f16 else "bf16"]
+        self.stored_as = np.float16 if f16 else ml_dtypes.bfloat16
+        self.scale = F16_EXCHANGE_SCALE if f16 else 1.0
 
     def vector(self, name, layer=-1):
         return read_vector(self.image, self.plan.vector(name, layer)).astype(np.float64)
@@ -65,6 +76,8 @@ class StageOracle:
         """W x without bias, and the bound of its sums: [rows, 16 x tiles] each."""
         matrix = self.plan.matrix(name, layer)
         w = unpack_tiles(self.plan, self.image, matrix, 0, matrix.num_tiles).astype(np.float64)
+        if not matrix.weight_format.floating:
+            x = integers(x)
         return x @ w.T, depth(matrix.cols) * FLOAT * (np.abs(x) @ np.abs(w).T)
 
     def normed(self, name, layer, x, rstd):
@@ -90,8 +103,7 @@ class StageOracle:
         rows = unpack_rows(self.plan, self.image, matrix, np.asarray(tokens))
         rows = rows[:, : self.spec.hidden_size].astype(np.float32)
         weight = read_vector(self.image, self.plan.vector("input_layernorm", 0))
-        stored = ml_dtypes.bfloat16 if self.plan.options.format == "bf16" else np.float16
-        x = (rows * (weight * np.float32(self.scale))).astype(stored).astype(np.float64)
+        x = (rows * (weight * np.float32(self.scale))).astype(self.stored_as).astype(np.float64)
         self.hidden = Value(rows.astype(np.float64), np.zeros(rows.shape))
         return x, self.rstd(rows.astype(np.float64) ** 2)
 
@@ -107,8 +119,7 @@ class StageOracle:
     def input(self, norm, layer, hidden):
         """The input of a matrix behind `norm`, and 1 / rms, from the hidden state as it travels."""
         weight = read_vector(self.image, self.plan.vector(norm, layer))
-        stored = ml_dtypes.bfloat16 if self.plan.options.format == "bf16" else np.float16
-        x = (hidden.astype(np.float32) * weight).astype(stored).astype(np.float64)
+        x = (hidden.astype(np.float32) * weight).astype(self.stored_as).astype(np.float64)
         return x, self.rstd((hidden / self.scale) ** 2)
 
     def gate_up(self, layer, x, rstd):

@@ -34,9 +34,10 @@ ODD = {
 }
 
 
-def plan_for(arch: str, shape: str) -> Plan:
+def plan_for(arch: str, shape: str, body: str = "bf16", head: str = "bf16") -> Plan:
     spec = ModelSpec.from_hf(ODD if shape == "odd" else SHAPES[shape])
-    return make_plan(spec, fit_machine(DEVICES[arch], spec), PlanOptions(context=2048))
+    options = PlanOptions(body, head, context=2048)
+    return make_plan(spec, fit_machine(DEVICES[arch], spec), options)
 
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "llama-3.2-1b", "odd"])
@@ -50,6 +51,31 @@ def test_the_kernel_compiles_for_every_architecture_without_spills(arch, shape, 
     record_property("registers", resources.registers)
     assert resources.spill_bytes == 0
     assert 0 < resources.registers <= 168  # ten warps share 65536 registers, three on one scheduler
+
+
+# Body and head; between them every kind of weight, on the oldest and on the newest instructions.
+NARROW = [
+    ("sm_80", "llama-3.1-8b", "int4g128z", "int8"),
+    ("sm_89", "odd", "int8", "fp8"),
+    ("sm_90a", "llama-3.1-8b", "int4g128", "int8"),
+    ("sm_90a", "llama-3.1-8b", "fp8", "int4"),
+    ("sm_100a", "odd", "int4g64z", "int4"),
+    ("sm_120a", "llama-3.2-1b", "fp8", "int8"),
+]
+
+
+@pytest.mark.parametrize(("arch", "shape", "body", "head"), NARROW)
+def test_narrow_weights_compile_for_every_architecture_without_spills(arch, shape, body, head):
+    plan = plan_for(arch, shape, body, head)
+    for rows in (1, 8):
+        resources = build_cubin(render_cuda(plan, rows=rows), "decode", arch).resources
+        assert resources.spill_bytes == 0, rows
+        assert resources.registers <= 168
+
+
+def test_two_kinds_of_16_bit_floats_in_one_model_are_refused():
+    with pytest.raises(UnsupportedModelError, match="f16 in the layers and fp8 in the head"):
+        render_cuda(plan_for("sm_90a", "llama-3.2-1b", "f16", "fp8"))
 
 
 @pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen2.5-7b", "phi-4-mini", "smollm3-3b"])

@@ -10,7 +10,14 @@ from flashformer.codegen.cuda_header import MATRICES, render_cuda
 from flashformer.errors import CompileError
 from test_cuda_compile import plan_for
 
-FIELDS = ("fragments", "num_chunks", "chunk_fragments", "window_chunks", "group", "num_windows")
+FIELDS = (
+    "runs", "last_blocks", "tile_bytes", "num_chunks", "chunk_runs", "last_runs", "window_chunks",
+    "group", "num_windows",
+)  # fmt: skip
+# Of the body and the head: every kind of run.
+FORMATS = (
+    ("bf16", "bf16"), ("int8", "fp8"), ("int4g128", "int8"), ("int4z", "int4"), ("fp8", "int4g64z"),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -39,16 +46,21 @@ def stages_of(plan, rows):
     """C++ assertions of every number of every matrix."""
     for name in (*MATRICES, "lm_head"):
         matrix = plan.matrix(name, -1 if name == "lm_head" else 0)
-        shape = stage_shape(matrix, rows, plan.machine.arch)
+        shape = stage_shape(plan, matrix, rows)
+        runs = shape.window_chunks * shape.chunk_runs if shape.num_windows > 1 else shape.runs
+        copies = 2 if shape.num_windows > 1 else 1
+        stride = f"Rows<Stage<Kind::{name}>::F, {runs}>::stride"
+        yield f"{copies * rows} * {stride} == {shape.x_bytes(rows)}"
         yield f"Stage<Kind::{name}>::tiles == {matrix.num_tiles}"
         for field in FIELDS:
             yield f"Stage<Kind::{name}>::{field} == {getattr(shape, field)}"
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("shape", ["llama-3.1-8b", "odd"])
-def test_python_cuts_matrices_and_pages_as_the_kernel_does(accepted, shape, rows):
-    plan = plan_for("sm_90a", shape)
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "llama-3.3-70b", "odd"])
+@pytest.mark.parametrize("formats", FORMATS, ids=" and ".join)
+def test_python_cuts_matrices_and_pages_as_the_kernel_does(accepted, formats, shape, rows):
+    plan = plan_for("sm_90a", shape, *formats)
     layer = plan.spec.layers[0]
     least = past_of(plan, layer, 1, 1).chunk_pages  # of a short past: the smallest chunk
     pages = [f"page_bytes == {page_bytes(plan, layer)}", f"min_chunk_pages == {least}"]

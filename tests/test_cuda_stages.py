@@ -25,7 +25,7 @@ def attention(heads, kv_heads, head_dim, **changes):
     return layer, rope
 
 
-# name -> (attention, hidden_size, intermediate_size, vocab_size, format)
+# name -> (attention, hidden_size, intermediate_size, vocab_size, format of the body and the head)
 SHAPES = {
     "head 64, groups of 4": (attention(8, 2, 64), 520, 1111, 1003, "bf16"),
     "head 80, biases": (
@@ -40,6 +40,17 @@ SHAPES = {
     "head 256, groups of 16": (attention(16, 1, 256), 257, 600, 300, "bf16"),
     "head 24, odd everything": (attention(3, 3, 24), 77, 91, 101, "bf16"),
     "fp16, head 64, window": (attention(9, 3, 64, window=70), 577, 999, 1009, "f16"),
+    "int8": (attention(8, 2, 64), 520, 1111, 1003, "int8"),
+    "int8 in windows": (attention(4, 1, 128), 1024, 14336, 1000, "int8"),
+    "fp8": (attention(6, 2, 80, o_bias=True, mlp_bias=True), 333, 701, 517, "fp8"),
+    "fp8 in windows": (attention(4, 1, 128), 1024, 14336, 1000, "fp8"),
+    "int4, groups of 128, int8 head": (attention(8, 2, 64), 1537, 1111, 1003, "int4g128 int8"),
+    "int4 in windows": (attention(4, 1, 128), 1024, 14336, 1000, "int4g128 int8"),
+    "int4, groups of 64": (attention(5, 5, 96, window=37), 1001, 450, 777, "int4g64"),
+    "int4, groups of 32": (attention(14, 2, 128, qk_norm=True), 899, 2739, 1501, "int4"),
+    "int4 with zero-points": (attention(8, 2, 64), 520, 1111, 1003, "int4g128z"),
+    "int4, groups of 64 with zero-points": (attention(3, 3, 24), 77, 91, 101, "int4g64z"),
+    "int4, groups of 32 with zero-points": (attention(9, 3, 64), 577, 999, 1009, "int4z"),
 }  # fmt: skip
 
 
@@ -53,7 +64,8 @@ class Watched:
         layers = tuple(layer_spec(**layer, intermediate_size=inner) for _ in range(2))
         spec = model_spec(layers, hidden_size=hidden, vocab_size=vocab, ropes=(rope,),
                           max_position_embeddings=CONTEXT)  # fmt: skip
-        options = PlanOptions(weight_format, weight_format, CONTEXT, SLOTS)
+        formats = (weight_format.split() * 2)[:2]
+        options = PlanOptions(*formats, CONTEXT, SLOTS)
         plan = make_plan(spec, cuda_machine(spec), options)
         image = packed(plan, SpecWeights(spec, seed=7))
         pages = -(-CONTEXT // plan.machine.page_tokens)

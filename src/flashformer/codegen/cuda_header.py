@@ -7,9 +7,12 @@ from flashformer.codegen.instruments import NONE, Instruments, render_moments
 from flashformer.errors import UnsupportedModelError
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Plan
-from flashformer.quant.formats import TILE_ROWS
+from flashformer.quant.formats import FORMATS, TILE_ROWS
 
-SLOT_BYTES = 16384  # one bulk copy; smaller ones cannot keep the memory busy from one thread
+# One bulk copy; smaller ones cannot keep the memory busy from one thread. Room for scales beside as
+# many codes makes a tile of 4096 columns two or four slots.
+SLOT_BYTES = 16384
+QUANTISED_SLOT_BYTES = 16384 + 512
 IN_FLIGHT = 4  # copies on their way at once: more only lengthens the queues in the memory system
 WINDOW_BYTES = 32768  # of activations too wide for shared memory: eight packets a thread
 SAMPLE_SCRATCH_BYTES = 7168  # shared memory of the search for the end of top-k and top-p
@@ -33,6 +36,7 @@ def render_cuda(plan: Plan, instruments: Instruments = NONE, rows: int | None = 
 
     `rows`: the most tokens of a step that the kernel is compiled for (default: the machine's).
     """
+    _require_one_float(plan)
     layer = _uniform_layer(plan)
     constants = _constants(plan, layer)
     constants["max_rows"] = rows or plan.machine.max_rows
@@ -95,6 +99,16 @@ def _uniform_layer(plan: Plan) -> LayerSpec:
     return layers[0]
 
 
+def _require_one_float(plan: Plan) -> None:
+    """Activations are bf16, or f16 where the weights are; fp8 becomes bf16."""
+    formats = plan.options.format, plan.options.head_format
+    if "f16" in formats and {"bf16", "fp8"} & set(formats):
+        raise UnsupportedModelError(
+            f"the CUDA kernel cannot multiply {formats[0]} in the layers and {formats[1]} in the "
+            "head; choose one format for both"
+        )
+
+
 def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
     spec, machine = plan.spec, plan.machine
     tiles = -(-spec.hidden_size // TILE_ROWS)
@@ -120,10 +134,12 @@ def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
         "qkv_bias": layer.qkv_bias,
         "o_bias": layer.o_bias,
         "mlp_bias": layer.mlp_bias,
+        **_format_constants("body", plan.options.format),
+        **_format_constants("head", plan.options.head_format),
         "weights_f16": plan.options.format == "f16",
         "exchange_scale": F16_EXCHANGE_SCALE if plan.options.format == "f16" else 1.0,
         "residual_tiles": -(-tiles // machine.num_ctas),
-        "slot_bytes": SLOT_BYTES,
+        "slot_bytes": slot_bytes(plan),
         "in_flight": IN_FLIGHT,
         "window_bytes": WINDOW_BYTES,
         "window_tiles": window_tiles(machine.arch),
@@ -134,6 +150,23 @@ def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
         "lm_head_offset": plan.matrix("lm_head").offset,
         "embed_offset": embed.offset,
         "norm_offset": plan.vector("norm").offset,
+    }
+
+
+def slot_bytes(plan: Plan) -> int:
+    """Of a slot of the ring."""
+    quantised = any(m.weight_format.quantised for m in plan.matrices)
+    return QUANTISED_SLOT_BYTES if quantised else SLOT_BYTES
+
+
+def _format_constants(matrices: str, name: str) -> dict[str, int | bool]:
+    """How the kernel multiplies a format (kernel/format.cuh)."""
+    weight_format = FORMATS[name]
+    return {
+        f"{matrices}_bits": weight_format.bits,
+        f"{matrices}_floating": weight_format.floating,
+        f"{matrices}_group": weight_format.block_cols if weight_format.scale == "group" else 0,
+        f"{matrices}_zeros": weight_format.zeros,
     }
 
 

@@ -42,11 +42,11 @@ from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import CheckpointWeights
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.plan.planner import longest_context
+from flashformer.quant.formats import QUANTS, head_format
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 DEFAULT_CONTEXT = 4096
-QUANTS = ("int8", "int4", "int4g128")
 
 
 class LLM:
@@ -71,8 +71,8 @@ class LLM:
         """Load a checkpoint folder or hub id; None: the small embedded default.
 
         `context` is in tokens (None: the model's, at most 4096); `quant` stores the weights as
-        int8, int4 or int4g128 (None: as the checkpoint has them); `seed` is that of requests
-        without one; `progress(what, done, total)` is called while loading.
+        int8, fp8 or one of the int4 formats (None: as the checkpoint has them); `seed` is that of
+        requests without one; `progress(what, done, total)` is called while loading.
         """
         _check_options(max_batch, context, quant, seed)
         self.checkpoint = Checkpoint.open(
@@ -86,13 +86,13 @@ class LLM:
             self.checkpoint.generation_config, self.spec.vocab_size
         )
         weights = CheckpointWeights(self.checkpoint, self.spec)
+        machine = machine_of(device, self.spec, threads)
         options = PlanOptions(
             format=quant or weights.dtype,
-            head_format=quant or weights.dtype,
+            head_format=head_format(quant or weights.dtype, machine.kind),
             context=context or min(longest_context(self.spec), DEFAULT_CONTEXT),
             max_batch=max_batch,
         )
-        machine = machine_of(device, self.spec, threads)
         foreseen = make_plan(self.spec, machine, options)
         self._available = None if machine.kind == "cuda" else available_memory()
         require_memory(foreseen, self._available)

@@ -17,7 +17,7 @@ from flashformer.backends import machine_of
 from flashformer.errors import UsageError
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
-from flashformer.quant.formats import CHOICES
+from flashformer.quant.formats import CHOICES, head_format
 from flashformer.serve import options
 from flashformer.serve.benchmark import suite as suites
 from flashformer.serve.benchmark.cases import make_cases, parse_numbers
@@ -101,7 +101,8 @@ def bench(
         machine = {**machine_json(device, found.spec, threads), **system()}
         results = []
         for name in quant.split(",") if quant else [found.stored_format]:
-            setup = Setup(name, name, tuple(cases), repeats, device, threads)
+            head = head_format(name, machine["kind"]) if name in CHOICES else name
+            setup = Setup(name, head, tuple(cases), repeats, device, threads)
             with opened(found, setup, terminal) as steps:
                 results.append(check_and_measure(steps, setup, terminal))
     document = {**where_from, **to_json(found, machine, results)}

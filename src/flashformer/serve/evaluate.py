@@ -13,16 +13,16 @@ import numpy as np
 import typer
 
 from flashformer.engine.likelihood import Likelihood, measure_likelihood
-from flashformer.engine.llm import QUANTS
 from flashformer.errors import UsageError
 from flashformer.model.default import HELD_OUT
+from flashformer.quant.formats import QUANTS
 from flashformer.serve import options
 from flashformer.serve.benchmark.provenance import provenance, system
 from flashformer.serve.load import LoadOptions, load_llm
 from flashformer.serve.terminal import Terminal, write_json
 
 STORED = "stored"
-FORMATS = ",".join((STORED, *QUANTS))
+FORMATS = ",".join((STORED, "int8", "int4", "int4g128"))  # that every device has
 DEFAULT_WINDOW = 512
 
 Text = Annotated[
@@ -111,8 +111,9 @@ def _measure(
 def _formats(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in FORMATS.split(","):
-            raise UsageError(f"--quant takes {FORMATS}, separated by commas, not {name!r}")
+        if name not in (STORED, *QUANTS):
+            known = ", ".join((STORED, *QUANTS))
+            raise UsageError(f"--quant takes {known}, separated by commas, not {name!r}")
     return names
 
 

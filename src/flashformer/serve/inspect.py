@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flashformer.backends import machine_of
-from flashformer.engine.llm import DEFAULT_CONTEXT, QUANTS
+from flashformer.engine.llm import DEFAULT_CONTEXT
 from flashformer.engine.memory import available_memory
 from flashformer.errors import UnsupportedModelError
 from flashformer.model.checkpoint import Checkpoint
@@ -20,6 +20,8 @@ from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import CheckpointWeights
 from flashformer.plan.plan import PlanOptions, make_plan
 from flashformer.plan.planner import longest_context
+from flashformer.quant.formats import head_format
+from flashformer.quant.layout import quants_of
 from flashformer.serve import options
 from flashformer.serve.cache import size_text
 from flashformer.serve.failure import EXIT_OK, EXIT_UNSUPPORTED
@@ -91,15 +93,16 @@ def describe(checkpoint: Checkpoint, spec: ModelSpec, device: str) -> dict[str, 
         "context": context,
         "available_bytes": available_memory(),
         "memory": [
-            asdict(memory_of(spec, name, device, context)) for name in (weights.dtype, *QUANTS)
+            asdict(memory_of(spec, name, device, context))
+            for name in (weights.dtype, *quants_of(machine_of(device, spec).layout))
         ],
     }
 
 
 def memory_of(spec: ModelSpec, name: str, device: str, context: int) -> Memory:
     """What the model needs in one weight format, for one sequence."""
-    options_ = PlanOptions(format=name, head_format=name, context=context, max_batch=1)
-    plan = make_plan(spec, machine_of(device, spec), options_)
+    machine = machine_of(device, spec)
+    plan = make_plan(spec, machine, PlanOptions(name, head_format(name, machine.kind), context, 1))
     total = plan.image_bytes + context * plan.kv_bytes_per_token
     available = available_memory()
     fits = None if available is None else total <= available

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from flashformer.backends import machine_of
 from flashformer.codegen.cache import cache_dir
-from flashformer.engine.llm import DEFAULT_CONTEXT, LLM, QUANTS
+from flashformer.engine.llm import DEFAULT_CONTEXT, LLM
 from flashformer.errors import UsageError
 from flashformer.model.checkpoint import Checkpoint
 from flashformer.model.default import default_checkpoint
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import CheckpointWeights
+from flashformer.plan.machine import Machine
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.plan.planner import longest_context
+from flashformer.quant.formats import QUANTS, head_format
 from flashformer.serve.terminal import Terminal
 
 EMBEDDED = (
@@ -62,17 +64,20 @@ def plan_of(options: LoadOptions) -> Plan:
     checkpoint = open_checkpoint(options.model)
     spec = ModelSpec.from_hf(checkpoint.config, checkpoint.generation_config)
     weights = CheckpointWeights(checkpoint, spec)
-    chosen = plan_options(spec, options.quant or weights.dtype, options)
-    return make_plan(spec, machine_of(options.device, spec, options.threads), chosen)
+    machine = machine_of(options.device, spec, options.threads)
+    chosen = plan_options(spec, machine, options.quant or weights.dtype, options)
+    return make_plan(spec, machine, chosen)
 
 
-def plan_options(spec: ModelSpec, weight_format: str, options: LoadOptions) -> PlanOptions:
+def plan_options(
+    spec: ModelSpec, machine: Machine, weight_format: str, options: LoadOptions
+) -> PlanOptions:
     """What the flags mean for the planner."""
     if options.quant is not None and options.quant not in QUANTS:
         raise UsageError(f"--quant takes {', '.join(QUANTS)}, not {options.quant!r}")
     return PlanOptions(
         format=weight_format,
-        head_format=weight_format,
+        head_format=head_format(weight_format, machine.kind),
         context=options.context or min(longest_context(spec), DEFAULT_CONTEXT),
         max_batch=options.max_batch,
     )

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from flashformer.quant.formats import QUANTS
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -29,7 +31,7 @@ Quant = Annotated[
     str | None,
     typer.Option(
         envvar="FLASHFORMER_QUANT",
-        help="Store the weights as int8, int4 or int4g128. Default: as in the checkpoint.",
+        help="Store the weights as " + ", ".join(QUANTS) + ". Default: as in the checkpoint.",
     ),
 ]
 Context = Annotated[

@@ -19,6 +19,7 @@ from flashformer.codegen.instruments import MOMENTS
 from flashformer.errors import UsageError
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import PlanOptions
+from flashformer.quant.formats import CHOICES, head_format
 from flashformer.serve import options
 from flashformer.serve.bench import Shape
 from flashformer.serve.benchmark.cases import Case
@@ -68,7 +69,8 @@ def profile(
         raise UsageError(f"-o {output}: the folder {output.parent} does not exist; make it first")
     found = find_model(model, model_shape)
     name = quant or found.stored_format
-    plan_options = PlanOptions(name, name, context=depth + tokens, max_batch=batch)
+    head = head_format(name, "cuda") if name in CHOICES else name  # the one kind that is profiled
+    plan_options = PlanOptions(name, head, context=depth + tokens, max_batch=batch)
     case = Case("tg", tokens, depth, batch)
     with Terminal(quiet=quiet) as terminal:
         machine = machine_of(device, found.spec)

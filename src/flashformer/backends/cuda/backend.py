@@ -16,6 +16,7 @@ from flashformer.backends.base import DecodeRow, Int32, StepBatch, StepResult
 from flashformer.backends.cuda.choices import Choices, row_stride
 from flashformer.backends.cuda.compile import Cubin, compile_kernel
 from flashformer.backends.cuda.flight import Flight
+from flashformer.backends.cuda.geometry import stage_shape
 from flashformer.backends.cuda.launch import Kernel, check
 from flashformer.backends.cuda.memory import (
     past_bytes_per_token,
@@ -23,11 +24,7 @@ from flashformer.backends.cuda.memory import (
 from flashformer.backends.cuda.prefill import Prefill
 from flashformer.backends.cuda.watchdog import describe
 from flashformer.codegen.cuda_args import MAX_STOP_IDS, CudaStepArgs
-from flashformer.codegen.cuda_header import (
-    SAMPLE_SCRATCH_BYTES,
-    SLOT_BYTES,
-    WINDOW_BYTES,
-)
+from flashformer.codegen.cuda_header import MATRICES, SAMPLE_SCRATCH_BYTES, slot_bytes
 from flashformer.codegen.exchange import exchange, exchange_bytes, padded
 from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
@@ -215,7 +212,7 @@ class CudaBackend:
         self._choices.fill(args, [row.choice for row in rows])
         # No packet carries the first tag; the rest holds NaN in tests.
         self._exchange[: None if self._instruments.poison else self._packet_bytes].fill_(255)
-        shared = args.x_bytes + args.num_slots * SLOT_BYTES
+        shared = args.x_bytes + args.num_slots * slot_bytes(self._plan)
         args.epoch = self._take_epochs(num_steps)
         if self._instruments.trace_moments:
             self.trace.zero_()
@@ -242,21 +239,17 @@ class CudaBackend:
 
     def x_bytes(self, rows: int) -> int:
         """Shared memory of the activations of `rows` rows, and what uses their place."""
-        spec, layer = self._plan.spec, self._layer
-        rows = row_class(rows)
+        layer, rows = self._layer, row_class(rows)
         need = [_attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)]
         need.append(SAMPLE_SCRATCH_BYTES)
-        need.append(rows * (padded(spec.hidden_size) * 2 + 32))
-        # Wider activations come in windows, two at a time (kernel/stages.cuh).
-        limit = 2 * (WINDOW_BYTES + 32 * rows)
-        for cols in (layer.q_rows, layer.intermediate_size):
-            need.append(min(rows * (padded(cols) * 2 + 32), limit))
+        for matrix in self._plan.matrices[-1 - len(MATRICES) :]:
+            need.append(stage_shape(self._plan, matrix, rows).x_bytes(rows))
         return -(-max(need) // 128) * 128
 
     def num_slots(self, rows: int) -> int:
         """Slots of the ring that fit beside the activations."""
         free: int = self._kernels[row_class(rows)].max_dynamic_shared - self.x_bytes(rows)
-        slots: int = min(MAX_SLOTS, free // SLOT_BYTES)
+        slots: int = min(MAX_SLOTS, free // slot_bytes(self._plan))
         if slots < MIN_SLOTS:
             raise OutOfMemoryError(
                 f"{rows} rows need {self.x_bytes(rows)} bytes of shared memory and leave room for "
@@ -273,15 +266,16 @@ class CudaBackend:
         kernel = self._load("stream", compile_kernel(self._plan, "stream", rows=1))
         args = self._step_args(rows=1)
         args.x_bytes = 0
-        args.num_slots = min(MAX_SLOTS, kernel.max_dynamic_shared // SLOT_BYTES)
-        nbytes = ctypes.c_uint64(self._plan.image_bytes // SLOT_BYTES * SLOT_BYTES)
+        slot = slot_bytes(self._plan)
+        args.num_slots = min(MAX_SLOTS, kernel.max_dynamic_shared // slot)
+        nbytes = ctypes.c_uint64(self._plan.image_bytes // slot * slot)
         samples: list[float] = []
         spent = 0.0
         while spent < seconds or len(samples) < 4:
             begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             begin.record(self._stream)
-            shared = args.num_slots * SLOT_BYTES
+            shared = args.num_slots * slot
             kernel.launch(
                 self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args, nbytes
             )

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flashformer.codegen.cuda_header import SLOT_BYTES, WINDOW_BYTES, window_tiles
+from flashformer.codegen.cuda_header import WINDOW_BYTES, slot_bytes, window_tiles
 from flashformer.codegen.exchange import padded
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
+from flashformer.quant.formats import Format
 
-FRAGMENT_BYTES = 512  # of 16 rows and 16 columns, 16 bits each
+SLOTS_AT_ONCE = 4  # that the consumers multiply
+INTEGER_RUN_COLS = 128
+FP8_RUN_COLS = 32
 MIN_CHUNK_TOKENS = 256  # shorter chunks of the past cost more to merge than they save
 
 
@@ -29,16 +32,21 @@ class Rect(NamedTuple):
 class StageShape:
     """A matrix as chunks that fit a slot of the ring (`Stage` of kernel/stages.cuh)."""
 
-    fragments: int  # of a tile
+    run_cols: int  # columns that a warp multiplies at once
+    run_bytes: int
+    runs: int  # of a tile
+    last_blocks: int  # of the format, in a tile's last run
+    tile_bytes: int
     num_chunks: int  # of a tile
-    chunk_fragments: int  # of all chunks but the last
+    chunk_runs: int  # of all chunks but the last
     window_chunks: int  # of the activations that shared memory holds at once
     group: int  # tiles that share a pass over the windows
+    scale_bytes: int  # of the activations' scales, a run
 
     @property
-    def last_fragments(self) -> int:
+    def last_runs(self) -> int:
         """Of a tile's last chunk."""
-        return self.fragments - (self.num_chunks - 1) * self.chunk_fragments
+        return self.runs - (self.num_chunks - 1) * self.chunk_runs
 
     @property
     def num_windows(self) -> int:
@@ -52,20 +60,57 @@ class StageShape:
 
     def nbytes(self, first: int, end: int) -> int:
         """Bytes of a tile's chunks."""
-        last = end == self.num_chunks
-        fragments = (end - first - last) * self.chunk_fragments + last * self.last_fragments
-        return fragments * FRAGMENT_BYTES
+        chunk_bytes = self.chunk_runs * self.run_bytes
+        ends = self.tile_bytes if end == self.num_chunks else end * chunk_bytes
+        return ends - first * chunk_bytes
+
+    def x_bytes(self, rows: int) -> int:
+        """Shared memory of the activations of `rows` rows (`Rows` of kernel/format.cuh)."""
+        if self.num_windows > 1:
+            return 2 * rows * self._stride(self.window_chunks * self.chunk_runs)
+        return rows * self._stride(self.runs)
+
+    def _stride(self, runs: int) -> int:
+        data = runs * self.run_cols * 2
+        if self.scale_bytes:
+            return -(-(data + self.scale_bytes * runs) // 128) * 128 + 64
+        return data + (64 if self.run_cols == FP8_RUN_COLS else 32)
 
 
-def stage_shape(matrix: Matrix, max_rows: int, arch: str) -> StageShape:
-    """The shape of `matrix` in a kernel for `arch` of up to `max_rows` rows a step."""
-    fragments = padded(matrix.cols) // 16
-    num_chunks = -(-fragments // (SLOT_BYTES // FRAGMENT_BYTES))
-    chunk_fragments = -(-fragments // num_chunks)
-    windowed = max_rows * (padded(matrix.cols) * 2 + 32) > 2 * (WINDOW_BYTES + 32 * max_rows)
-    window = WINDOW_BYTES // max_rows // (chunk_fragments * 32) if windowed else num_chunks
-    group = window_tiles(arch) if windowed else 1
-    return StageShape(fragments, num_chunks, chunk_fragments, window, group)
+def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
+    """The shape of a matrix of `plan` in a kernel of up to `rows` rows a step."""
+    weight_format = matrix.weight_format
+    run_cols = _run_cols(weight_format)
+    run_blocks = run_cols // weight_format.block_cols
+    blocks = weight_format.num_blocks(matrix.cols)
+    runs = -(-blocks // run_blocks)
+    run_bytes = run_blocks * weight_format.block_bytes
+    slot_runs = (slot_bytes(plan) - weight_format.row_scale_bytes) // run_bytes
+    data, in_windows = runs * run_cols * 2, matrix.name in ("o_proj", "down")
+    wide = in_windows and plan.machine.max_rows * data > 2 * WINDOW_BYTES
+    num_chunks = max(-(-runs // slot_runs), SLOTS_AT_ONCE if wide else 1)
+    chunk_runs = -(-runs // num_chunks)
+    windowed = in_windows and rows * data > 2 * WINDOW_BYTES
+    return StageShape(
+        run_cols=run_cols,
+        run_bytes=run_bytes,
+        runs=runs,
+        last_blocks=blocks - (runs - 1) * run_blocks,
+        tile_bytes=matrix.tile_bytes,
+        num_chunks=num_chunks,
+        chunk_runs=chunk_runs,
+        window_chunks=WINDOW_BYTES // rows // (data * chunk_runs // runs)
+        if windowed
+        else num_chunks,
+        group=window_tiles(plan.machine.arch) if windowed else 1,
+        scale_bytes=0 if weight_format.floating else 4,
+    )
+
+
+def _run_cols(weight_format: Format) -> int:
+    if not weight_format.floating:
+        return INTEGER_RUN_COLS
+    return FP8_RUN_COLS if weight_format.bits == 8 else weight_format.block_cols
 
 
 class Past(NamedTuple):

@@ -22,6 +22,7 @@ from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import AnyWeights, WeightSource
 from flashformer.plan.plan import PlanOptions, make_plan
+from flashformer.quant.formats import head_format
 
 
 def open_cuda(
@@ -57,7 +58,9 @@ def open_cuda(
 def fit(spec: ModelSpec, weight_format: str, batch: int) -> Fit:
     """What of a model fits the memory that the first GPU has free."""
     name = _sixteen_bits(weight_format)
-    plan = make_plan(spec, cuda_machine(spec), PlanOptions(name, name, 1, batch))
+    plan = make_plan(
+        spec, cuda_machine(spec), PlanOptions(name, head_format(name, "cuda"), 1, batch)
+    )
     free = torch.cuda.mem_get_info(0)[0]
     past = past_bytes_per_token(plan)
     return Fit(name, plan.image_bytes, past, free, fitting_context(plan, free))

@@ -29,6 +29,7 @@ from flashformer.backends.cuda.prefill_ops import (
 )
 from flashformer.backends.cuda.prefill_slab import Operand, operand_of, slab_bytes
 from flashformer.backends.cuda.seen import Seen, channels, most_tokens
+from flashformer.backends.cuda.unpack import UNPACKING_BYTES
 from flashformer.errors import OutOfMemoryError
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Plan
@@ -53,7 +54,8 @@ def workspace_bytes(plan: Plan) -> int:
     embedding = rows * 6 * hidden + slab  # the tiles of the tokens, as stored
     seen = 2 * 2 * most_tokens(plan) * layer.num_kv_heads * channels(plan)
     logits = LOGIT_ROWS * plan.spec.vocab_size * 4
-    return slab + seen + max(in_layers, embedding) + logits + LIBRARY_BYTES
+    decoded = UNPACKING_BYTES if any(m.weight_format.quantised for m in plan.matrices) else 0
+    return slab + seen + max(in_layers, embedding) + logits + decoded + LIBRARY_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from flashformer.backends.cuda.geometry import (
     stage_shape,
     units_of,
 )
-from flashformer.codegen.cuda_header import MATRICES, SLOT_BYTES
+from flashformer.codegen.cuda_header import MATRICES, slot_bytes
 from flashformer.codegen.exchange import max_chunks
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
@@ -134,7 +134,7 @@ class Program:
     capacities: dict[str, int]  # of the channels
     inputs: dict[str, dict[str, Rect]]  # what every CTA must have read before a stage's results
     stage_bytes: dict[str, int]  # of weights that all CTAs together must stream
-    slot_bytes: int = SLOT_BYTES
+    slot_bytes: int
 
     @property
     def processes(self) -> list[tuple[str, list[Event]]]:
@@ -201,6 +201,7 @@ class _Builder:
                 "sample": {"best": self.whole["best"]},
             },
             stage_bytes={name: self._matrix(name, 0).nbytes for name in (*MATRICES, "lm_head")},
+            slot_bytes=slot_bytes(self.plan),
         )
 
     def _matrix(self, name: str, layer: int) -> Matrix:
@@ -256,7 +257,7 @@ class _Builder:
     def _stage(self, roles: Roles, at: Where, input_use: int | None, source: str, use: int) -> None:
         """A matrix: its tiles through the ring, their sums to the finisher, its results out."""
         matrix = self._matrix(at.stage, at.layer)
-        shape = stage_shape(matrix, self.plan.machine.max_rows, self.plan.machine.arch)
+        shape = stage_shape(self.plan, matrix, self.plan.machine.max_rows)
         for cta, (first, end) in enumerate(pairwise(matrix.first_tile)):
             consumers, finisher, producer = roles[cta]
             for group in range(first, end, shape.group if shape.num_windows > 1 else end - first):
@@ -280,7 +281,7 @@ class _Builder:
         if shape.num_windows == 1:
             return self.whole[source]
         width = self.buffers[source].width
-        packets = shape.chunk_fragments * 2
+        packets = shape.chunk_runs * shape.run_cols // HALVES
         return Rect(0, self.rows, begin * packets, min(stop * packets, width))
 
     def _results(self, at: Where, use: int, cta: int, first: int, end: int) -> list[Event]:

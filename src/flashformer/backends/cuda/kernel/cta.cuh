@@ -31,6 +31,7 @@ enum class NamedBarrier : int { consumers = 1, workers = 2 };  // workers: consu
 // Shared memory of fixed size; the activations and the ring follow it in dynamic shared memory.
 struct Shared {
   float part[num_part_buffers][num_consumer_warps][max_rows * part_stride];  // sums of a tile (finish.cuh)
+  float row_scale[num_part_buffers][tile_rows];                             // of the same tile, if its format has them
   float residual[config::residual_tiles][max_rows][tile_rows];  // fp32 rows of the hidden state that this CTA owns
   float squares[max_rows][num_consumer_warps];                  // sums of squares of a row's columns
   float2 rotation[config::num_ropes][max_rows][config::rotary_dim / 2 + 1];  // cos, sin of each row's position

@@ -76,9 +76,9 @@ struct Consumer {
       matvec_windows<S>(cta, ring, input, input_tag, parts);
     } else {
       if constexpr (S::normed) {
-        if (!is_embedded<kind>(layer)) load_normed_x(cta, input, input_tag, norm_offset<kind>(layer));
+        if (!is_embedded<kind>(layer)) load_normed_x<S>(cta, input, input_tag, norm_offset<kind>(layer));
       } else {
-        load_x<S::cols>(cta, input, input_tag);
+        load_x<S>(cta, input, input_tag);
       }
       cta.trace(moment_of(Moment::qkv_input, kind), layer);
       matvec<S>(cta, ring, parts);

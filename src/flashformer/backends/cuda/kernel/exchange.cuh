@@ -5,7 +5,6 @@
 __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __device__ constexpr int padded(int cols) { return (cols + 15) / 16 * 16; }
 __device__ constexpr u32 x_row_bytes(int cols) { return padded(cols) * 2; }
-__device__ constexpr u32 x_row_stride(int cols) { return padded(cols) * 2 + 32; }  // +32: tokens on different banks
 
 constexpr int hidden_tiles = padded(config::hidden_size) / tile_rows;
 constexpr int head_dim_padded = padded(config::head_dim);

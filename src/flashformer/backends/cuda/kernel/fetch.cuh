@@ -3,11 +3,11 @@
 #include "packet.cuh"
 #include "stages.cuh"
 
-// Some neighbouring columns of every row on their way from L2: `fragments` of 16 columns, of rows of `cols` in all. A
+// Some neighbouring columns of every row on their way from L2: `packets` of 8 columns, of rows of `cols` in all. A
 // thread takes the same columns of every row.
-template <int cols, int fragments>
+template <int cols, int packets>
 struct Fetch {
-  static constexpr int num = ceil_div(fragments * 2, num_consumers);  // packets of a thread in a row
+  static constexpr int num = ceil_div(packets, num_consumers);  // packets of a thread in a row
   static constexpr int most = max_rows < 12 ? 12 / max_rows : 1;      // that its registers hold
   static constexpr int batch = num < most ? num : most;
   static constexpr int batches = ceil_div(num, batch);
@@ -18,10 +18,10 @@ struct Fetch {
   const u8* source;
   u32 tag;
 
-  __device__ __forceinline__ Fetch(const Cta& cta, const u8* buffer, u32 tag_, int first_fragment = 0) : tag(tag_) {
+  __device__ __forceinline__ Fetch(const Cta& cta, const u8* buffer, u32 tag_, int first_packet = 0) : tag(tag_) {
     at = cta.thread;
-    valid = min(ceil_div(cols, 8) - first_fragment * 2, fragments * 2);
-    source = buffer + first_fragment * 32;
+    valid = min(ceil_div(cols, 8) - first_packet, packets);
+    source = buffer + first_packet * 16;
   }
   __device__ __forceinline__ int packet_idx(int j) const { return at + j * num_consumers; }
   __device__ __forceinline__ bool is_sent(const Cta& cta, int j, int row) const {
@@ -59,14 +59,16 @@ struct Fetch {
       }
     } while (!complete && !patience.ends(cta.args, cta.shared, WaitKind::packet));
   }
-  // x: [max_rows] rows of `stride` bytes. The padding columns become zeros; rows that do not exist are left alone.
-  __device__ __forceinline__ void store(const Cta& cta, u8* x, u32 stride) const {
+  // x: `X`, as F multiplies it. The padding columns become zeros; rows that do not exist are left alone.
+  template <class F, class X>
+  __device__ __forceinline__ void store(const Cta& cta, u8* x) const {
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
+      if (packet_idx(j) - cta.lane >= packets) continue;  // none of the warp's
 #pragma unroll
       for (int row = 0; row < max_rows; ++row) {
-        if (packet_idx(j) >= fragments * 2 || row >= cta.args.num_rows) continue;
-        *reinterpret_cast<Vec16*>(x + row * stride + packet_idx(j) * 16) = packet[j][row];
+        if (row >= cta.args.num_rows) continue;
+        store_packet<F, X>(cta, x + row * X::stride, packet_idx(j), packet[j][row], packet_idx(j) < packets);
       }
     }
   }
@@ -107,16 +109,16 @@ __device__ __forceinline__ float rstd_of(float squares) {
 }
 
 // All of a stage's activations. They take the place of those of the stage before, which every warp must have left.
-template <int cols>
+template <class S>
 __device__ __forceinline__ void load_x(const Cta& cta, const u8* buffer, u32 tag) {
-  using Row = Fetch<cols, padded(cols) / 16>;
+  using Row = Fetch<S::cols, S::X::packets>;
   Row fetch(cta, buffer, tag);
 #pragma unroll
   for (int i = 0; i < Row::batches; ++i) {
     fetch.issue(cta);
     fetch.await(cta);
     if (i == 0) cta.consumer_sync();
-    fetch.store(cta, cta.x, x_row_stride(cols));
+    fetch.template store<typename S::F, typename S::X>(cta, cta.x);
     fetch.next_batch();
   }
   cta.consumer_sync();
@@ -149,10 +151,26 @@ struct RowSums {
   static __device__ __forceinline__ int row_of_lane(int lane) { return lane / (32 / max_rows); }
 };
 
-// The same for the input of a matrix behind a norm, from the hidden state.
+// Activations that lie in shared memory as 16-bit floats -> as the stage multiplies them. All warps, a row each.
+template <class S>
+__device__ __forceinline__ void convert_x(const Cta& cta) {
+  using X = typename S::X;
+  if constexpr (S::F::bits == 16) return;
+  for (int row = cta.warp; row < cta.args.num_rows; row += num_consumer_warps) {
+    u8* x = cta.x + row * X::stride;
+    for (int first = 0; first < X::packets; first += 32) {
+      const int packet = first + cta.lane;
+      Vec16 values{};
+      if (packet < X::packets) values = *reinterpret_cast<const Vec16*>(x + packet * 16);
+      store_packet<typename S::F, X>(cta, x, packet, values, packet < X::packets);
+    }
+  }
+}
+
+// The same as `load_x` for the input of a matrix behind a norm, from the hidden state.
+template <class S>
 __device__ __forceinline__ void load_normed_x(const Cta& cta, const u8* buffer, u32 tag, u64 norm_offset) {
-  constexpr int cols = config::hidden_size;
-  using Rows = Fetch<cols, padded(cols) / 16>;
+  using Rows = Fetch<S::cols, S::X::packets>;
   const float* norm = vector_at(cta, norm_offset);
   RowSums squares{};
   Rows fetch(cta, buffer, tag);
@@ -175,7 +193,7 @@ __device__ __forceinline__ void load_normed_x(const Cta& cta, const u8* buffer, 
 #pragma unroll
       for (int row = 0; row < max_rows; ++row) normalise(fetch.packet[j][row], weights[j], squares.value[row]);
     }
-    fetch.store(cta, cta.x, x_row_stride(cols));
+    fetch.template store<typename S::F, typename S::X>(cta, cta.x);
     fetch.next_batch();
   }
   squares.reduce(cta.lane);

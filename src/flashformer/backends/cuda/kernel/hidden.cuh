@@ -4,6 +4,7 @@
 // bits; every CTA multiplies by the norm's weights and adds the squares (fetch.cuh), and 1 / rms is a factor of the next
 // stage's sums.
 #pragma once
+#include "embedding.cuh"
 #include "matvec.cuh"
 
 // Output rows of o_proj and down: add to the residual, publish for the next stage.
@@ -27,21 +28,14 @@ struct HiddenOutput {
   }
 };
 
-// Byte offset of a pair of columns of a row, in the fragment order of quant/layout.py.
-__device__ __forceinline__ u64 fragment_word(int row, int col) {
-  const int r = row % tile_rows;
-  const int lane = r % 8 * 4 + col % 16 / 4;
-  const int word = col % 4 / 2 * 2 + r / 8;
-  return u64(row / tile_rows) * (padded(config::hidden_size) * 2 * tile_rows) + col / 16 * 512 + lane * 16 + word * 4;
-}
-
 // Embedding rows of the step's tokens: into x (times the first norm's weight) and the residual of the owned rows.
 // Every CTA reads all of them, which saves a hand-off.
 __device__ __noinline__ void embed(const Cta cta) {
   const int begin = Stage<Kind::down>::begin(cta.idx);
   const int end = Stage<Kind::down>::end(cta.idx);
   const float* norm_weight = vector_at(cta, layer_table[0].input_layernorm);
-  constexpr int pairs = padded(config::hidden_size) / 2;
+  using X = Stage<Kind::qkv>::X;
+  constexpr int pairs = X::packets * 4;
   for (int token = 0; token < cta.args.num_rows; ++token) {
     const int id = max(cta.shared.token[token], 0);
     const u8* table = cta.args.image + config::embed_offset;
@@ -49,13 +43,16 @@ __device__ __noinline__ void embed(const Cta cta) {
 #pragma unroll 4
     for (int pair = cta.thread; pair < pairs; pair += num_consumers) {
       const int col = pair * 2;
-      const u32 word = *reinterpret_cast<const u32*>(table + fragment_word(id, col));
-      float lo, hi;
-      unpack_x(word, lo, hi);
+      float lo = 0, hi = 0;
+      if (col < config::hidden_size) {
+        const float2 weights = embedding_pair(table, id, col);
+        lo = weights.x;
+        hi = col + 1 < config::hidden_size ? weights.y : 0.f;
+      }
       square += lo * lo + hi * hi;
       const float weight_lo = col < config::hidden_size ? norm_weight[col] * config::exchange_scale : 0.f;
       const float weight_hi = col + 1 < config::hidden_size ? norm_weight[col + 1] * config::exchange_scale : 0.f;
-      *reinterpret_cast<u32*>(cta.x + token * x_row_stride(config::hidden_size) + col * 2) =
+      *reinterpret_cast<u32*>(cta.x + token * X::stride + col * 2) =
           pack_x(lo * weight_lo, hi * weight_hi);
       const int tile = col / tile_rows;
       if (tile >= begin && tile < end) {
@@ -73,6 +70,7 @@ __device__ __noinline__ void embed(const Cta cta) {
     for (int w = 0; w < num_consumer_warps; ++w) sum += cta.shared.warp_sum[w][cta.thread];
     cta.shared.rstd[cta.thread] = rstd_of(sum) / config::exchange_scale;
   }
+  convert_x<Stage<Kind::qkv>>(cta);
   cta.consumer_sync();
 }
 

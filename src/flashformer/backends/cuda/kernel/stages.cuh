@@ -1,6 +1,7 @@
 // The five matrices of a decoder as numbers: what the producer streams and the consumers multiply.
 #pragma once
 #include "exchange.cuh"
+#include "format.cuh"
 
 enum class Kind : int { qkv = 0, o_proj = 1, gate_up = 2, down = 3, lm_head = 4 };
 
@@ -16,16 +17,20 @@ __device__ __forceinline__ Moment moment_of(Moment of_qkv, Kind kind) {
   return static_cast<Moment>(static_cast<int>(of_qkv) + static_cast<int>(kind));
 }
 
-__device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-constexpr int slot_fragments = config::slot_bytes / 512;
-constexpr int warps_a_slot = 2;  // that share its fragments; the others work on the slots before and after
+constexpr int warps_a_slot = 2;  // that share its runs; the others work on the slots before and after
 constexpr int slots_at_once = num_consumer_warps / warps_a_slot;
 
 // Activations too wide for shared memory come in windows, two at a time: one is read while one is filled.
-__device__ constexpr bool fits_shared(int cols) {
-  return max_rows * x_row_stride(cols) <= 2 * (config::window_bytes + 32 * max_rows);
-}
+__device__ constexpr bool fits_shared(int rows, u32 row_bytes) { return rows * row_bytes <= 2 * config::window_bytes; }
+
+template <Kind kind>
+struct FormatOf {
+  using type = BodyFormat;
+};
+template <>
+struct FormatOf<Kind::lm_head> {
+  using type = HeadFormat;
+};
 
 // A matrix as tiles of 16 rows, cut into chunks that fit a slot.
 template <Kind kind>
@@ -40,22 +45,33 @@ struct Stage {
   static constexpr bool normed = kind == Kind::qkv || kind == Kind::gate_up || kind == Kind::lm_head;
   static constexpr bool layered = kind != Kind::lm_head;
 
-  static constexpr int fragments = padded(cols) / 16;  // of a tile: 16 columns, 512 bytes each
-  static constexpr u32 tile_bytes = fragments * 512;
-  static constexpr int num_chunks = ceil_div(fragments, slot_fragments);
-  static constexpr int chunk_fragments = ceil_div(fragments, num_chunks);  // of all chunks but the last
-  static constexpr int last_fragments = fragments - (num_chunks - 1) * chunk_fragments;
-  static constexpr u32 chunk_bytes = chunk_fragments * 512;
+  using F = typename FormatOf<kind>::type;
+  static constexpr int blocks = ceil_div(cols, F::block_cols);  // of a tile
+  static constexpr int runs = ceil_div(blocks, F::run_blocks);
+  static constexpr int last_blocks = blocks - (runs - 1) * F::run_blocks;  // of the last run
+  static constexpr u32 tile_bytes = blocks * F::block_bytes + F::row_scale_bytes;
+  static constexpr int slot_runs = (config::slot_bytes - F::row_scale_bytes) / F::run_bytes;
+  using X = Rows<F, runs>;
+  static constexpr bool may_be_wide = kind == Kind::o_proj || kind == Kind::down;
+  // Where a step of many rows comes in windows, every warp has a part of every tile, however many rows there are.
+  static constexpr int least_chunks =
+      may_be_wide && !fits_shared(config::exchange_rows, X::data_bytes) ? slots_at_once : 1;
+  static constexpr int full_chunks = ceil_div(runs, slot_runs);
+  static constexpr int num_chunks = full_chunks > least_chunks ? full_chunks : least_chunks;
+  static constexpr int chunk_runs = ceil_div(runs, num_chunks);  // of all chunks but the last
+  static constexpr int last_runs = runs - (num_chunks - 1) * chunk_runs;
+  static constexpr u32 chunk_bytes = chunk_runs * F::run_bytes;
+  static constexpr u32 last_bytes = tile_bytes - (num_chunks - 1) * chunk_bytes;
 
   // Warps that share a tile: each leaves one part of its sums. Which products a part adds depends on their columns only.
   static constexpr int chunks_at_once = num_chunks < slots_at_once ? num_chunks : slots_at_once;
   static constexpr int num_parts = chunks_at_once * warps_a_slot;
+  static constexpr int last_part = (num_chunks - 1) % chunks_at_once * warps_a_slot + 1;  // has seen the tile's end
   static constexpr int tiles_at_once =
       slots_at_once / chunks_at_once < num_part_buffers ? slots_at_once / chunks_at_once : num_part_buffers;
 
-  static constexpr bool windowed = (kind == Kind::o_proj || kind == Kind::down) && !fits_shared(cols);
-  static_assert(!windowed || num_chunks >= slots_at_once, "every warp has a part of every tile");
-  static constexpr int window_chunks = windowed ? config::window_bytes / max_rows / (chunk_fragments * 32) : num_chunks;
+  static constexpr bool windowed = may_be_wide && !fits_shared(max_rows, X::data_bytes);
+  static constexpr int window_chunks = windowed ? config::window_bytes / max_rows / (chunk_runs * F::run_cols * 2) : num_chunks;
   static constexpr int num_windows = ceil_div(num_chunks, window_chunks);
   static constexpr int group = windowed ? config::window_tiles : 1;  // tiles that share a pass over the windows
 
@@ -70,7 +86,7 @@ struct Stage {
     return config::lm_head_offset;
   }
   static __device__ __forceinline__ u32 bytes_of(int chunk) {
-    return (chunk == num_chunks - 1 ? last_fragments : chunk_fragments) * 512;
+    return chunk == num_chunks - 1 ? last_bytes : chunk_bytes;
   }
 };
 
