@@ -102,7 +102,8 @@ __device__ __forceinline__ void matvec_windows(const Cta& cta, RingReader& ring,
   using F = typename S::F;
   constexpr int window_runs = S::window_chunks * S::chunk_runs;
   using X = Rows<F, window_runs>;
-  constexpr bool early = config::arch >= 90 || !F::integer;  // elsewhere no registers are left for packets on their way
+  // Packets are on their way while a window is used, where registers are left for them.
+  constexpr bool early = F::bits == 16 || (config::arch >= 90 && (F::integer || max_rows < 8));
   const Share<S> share(cta);
   const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
 #pragma unroll 1
