@@ -77,6 +77,8 @@ def main() -> None:
             found["tools"].append(tool)
             write(arguments.output, found)
     finally:
+        ran = [tool["tool"] for tool in found["tools"]]
+        found["left_out"] = [tool for tool in names(arguments.tools) if tool not in ran]
         code = finish(found, arguments.output)
     raise SystemExit(code)
 
@@ -107,8 +109,10 @@ def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     ran = {file for file, name in tests if name != WHOLE_FILE}
     tests = {key: t for key, t in tests.items() if key[1] != WHOLE_FILE or key[0] not in ran}
     tools = {tool["tool"]: tool for part in parts for tool in part["tools"]}
+    left_out = {tool for part in parts for tool in part["left_out"]} - set(tools)
     runs = [{key: part[key] for key in ("date", "command", "git", "machine")} for part in parts]
-    return {**parts[-1], "tests": list(tests.values()), "tools": list(tools.values()), "runs": runs}
+    found = {"tests": list(tests.values()), "tools": list(tools.values())}
+    return {**parts[-1], **found, "left_out": sorted(left_out), "runs": runs}
 
 
 def finish(found: dict[str, Any], output: Path) -> int:
@@ -116,6 +120,7 @@ def finish(found: dict[str, Any], output: Path) -> int:
     write(output, found)
     bad = [f"{t['name']} ({t['outcome']})" for t in found["tests"] if t["outcome"] in WRONG]
     bad += [tool["tool"] for tool in found["tools"] if not tool["clean"]]
+    bad += [f"{tool} (not started)" for tool in found["left_out"]]
     number = f"{len(found['tests'])} tests and {len(found['tools'])} sanitizers"
     print(f"of {number} not content: {', '.join(bad)}" if bad else f"{number} are content")
     return int(bool(bad))
@@ -192,7 +197,7 @@ def run_tools(tools: list[str], ends: float) -> Iterator[dict[str, Any]]:
     expected = run(program, ends).stdout.strip() if tools else ""
     for tool in tools:
         if time.monotonic() >= ends:
-            return  # not started: another part has it
+            return
         started = time.perf_counter()
         watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
         watched += ["--every-lane-arrives"] * (tool == "racecheck")

@@ -45,6 +45,7 @@ PART = {
     "git": None,
     "machine": {"gpu": "H200"},
     "tools": [],
+    "left_out": [],
 }
 
 
@@ -77,7 +78,9 @@ def test_a_file_that_cannot_be_read_or_was_not_started_is_not_content(tmp_path):
         ("test_bad", "failed"),
         ("test_late", "unfinished"),
     ]
-    assert verify.finish({"tests": found, "tools": []}, tmp_path / "found.json") == 1
+    assert (
+        verify.finish({"tests": found, "tools": [], "left_out": []}, tmp_path / "found.json") == 1
+    )
 
 
 def test_parts_are_merged_and_the_later_one_counts(tmp_path):
@@ -111,6 +114,13 @@ def test_a_sanitizer_that_is_missing_or_too_slow_is_not_clean():
     ended = verify.run(["no-such-sanitizer"], time.monotonic() + 10)
     assert "is not installed" in ended.stderr
     assert verify.run(["sleep", "60"], time.monotonic() + 0.2).returncode == 124
+
+
+def test_a_sanitizer_that_was_not_started_is_missed_until_another_part_has_it(tmp_path):
+    tool = {"tool": "memcheck", "clean": True}
+    cut, rest = {**PART, "tests": [], "left_out": ["memcheck"]}, {**PART, "tests": []}
+    assert verify.finish(verify.merged([cut, rest]), tmp_path / "a.json") == 1
+    assert verify.finish(verify.merged([cut, {**rest, "tools": [tool]}]), tmp_path / "b.json") == 0
 
 
 def test_a_file_that_was_never_written_holds_no_tests(tmp_path):
