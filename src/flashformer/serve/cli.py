@@ -6,44 +6,29 @@ argv -> exit code
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from flashformer import __version__
-from flashformer.serve.bench import bench
-from flashformer.serve.cache import cache_app
-from flashformer.serve.chat import chat
-from flashformer.serve.compile import compile_model
-from flashformer.serve.doctor import doctor
-from flashformer.serve.evaluate import evaluate
 from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK, failure_of, report
-from flashformer.serve.inspect import inspect_model
-from flashformer.serve.plan import show_plan
-from flashformer.serve.profile import profile
-from flashformer.serve.run import run
-from flashformer.serve.serve import serve
 from flashformer.serve.terminal import Terminal
 
-app = typer.Typer(
-    name="flashformer",
-    help="Whole-model kernels for low-batch LLM decoding.",
-    invoke_without_command=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-)
-app.command("run")(run)
-app.command("chat")(chat)
-app.command("serve")(serve)
-app.command("inspect")(inspect_model)
-app.command("plan")(show_plan)
-app.command("compile")(compile_model)
-app.command("bench")(bench)
-app.command("profile")(profile)
-app.command("eval")(evaluate)
-app.command("doctor")(doctor)
-app.add_typer(cache_app, name="cache")
+VERBS = {  # verb -> (module of this package, its function or the app of its own verbs)
+    "run": ("run", "run"),
+    "chat": ("chat", "chat"),
+    "serve": ("serve", "serve"),
+    "inspect": ("inspect", "inspect_model"),
+    "plan": ("plan", "show_plan"),
+    "compile": ("compile", "compile_model"),
+    "bench": ("bench", "bench"),
+    "profile": ("profile", "profile"),
+    "eval": ("evaluate", "evaluate"),
+    "doctor": ("doctor", "doctor"),
+    "cache": ("cache", "cache_app"),
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,7 +37,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     context: typer.Context,
     version: Annotated[
@@ -66,6 +50,26 @@ def _root(
         sys.stdout.write(context.get_help() + "\n")
 
 
+def command_line(verbs: Iterable[str]) -> typer.Typer:
+    """The parser of these verbs; the modules of all others are not imported, which takes time."""
+    app = typer.Typer(
+        name="flashformer",
+        help="Whole-model kernels for low-batch LLM decoding.",
+        invoke_without_command=True,
+        add_completion=True,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    for verb in verbs:
+        module, name = VERBS[verb]
+        found = getattr(import_module(f"flashformer.serve.{module}"), name)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=verb)
+        else:
+            app.command(verb)(found)
+    return app
+
+
 def execute(argv: Sequence[str]) -> int:
     """Run one command line; the answer goes to stdout, everything else to stderr.
 
@@ -73,6 +77,8 @@ def execute(argv: Sequence[str]) -> int:
     a traceback is shown with `--debug` alone. A reader that closes the pipe is no error.
     """
     try:
+        # A line that names no verb gets help, or an error: both know all of them.
+        app = command_line([verb for verb in argv[:1] if verb in VERBS] or VERBS)
         code = app(args=list(argv), prog_name="flashformer", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else EXIT_OK
