@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flashformer import LLM, SamplingParams
 from flashformer.errors import CheckpointError
 from flashformer.model.checkpoint import Checkpoint
 from flashformer.model.default import COPIED, FOLDER, PACKAGED, PACKED_WEIGHTS, default_checkpoint
@@ -26,7 +27,7 @@ BFLOAT16_ROUNDING = 2.0**-8
 # A cache that holds another version's folder would go on using it: a change of the packaged files
 # takes a new number in default.FOLDER, and then its digest here.
 DIGEST_OF_FOLDER = {
-    "default-model-3": "6661503ad082826cc8862f53a539045e7dfe8ad64292f6a500e03c26b07684ce",
+    "default-model-4": "e63f7dbc82765b493b60223083c1e741145ded8b1601956e15d121122a100f4b",
 }
 
 
@@ -113,7 +114,8 @@ def test_a_changed_model_takes_a_new_folder():
 def test_the_package_is_small_and_keeps_the_licences():
     assert sum(path.stat().st_size for path in PACKAGED.iterdir()) <= MAX_BYTES
     licences = (PACKAGED / "LICENSES.txt").read_text()
-    projects = json.loads((PACKAGED / "training.json").read_text())["corpus"]["bytes_by_project"]
+    trained = json.loads((PACKAGED / "training.json").read_text())["trained"]
+    projects = trained["corpus"]["bytes_by_project"]
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in licences
     for project in projects.keys() - {"python", "python-doc"}:
         assert f"\n{project} (" in licences
@@ -124,7 +126,25 @@ def test_the_card_tells_the_loss_of_the_training_and_every_project_it_learnt_fro
     training = json.loads((PACKAGED / "training.json").read_text())
     assert f"{training['held_out_nats_per_token']:.3f}" in card
     assert f"{training['held_out_bits_per_byte']:.3f}" in card
-    assert all(f"{project} (" in card for project in training["corpus"]["bytes_by_project"])
+    corpus = training["trained"]["corpus"]
+    assert all(f"{project} (" in card for project in corpus["bytes_by_project"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "check"),
+    [
+        ("def fibonacci(n):", "[fibonacci(i) for i in range(8)] == [0, 1, 1, 2, 3, 5, 8, 13]"),
+        ("def is_prime(num):", "[i for i in range(12) if is_prime(i)] == [2, 3, 5, 7, 11]"),
+        ("class Stack:", "(lambda s: (s.push(1), s.push(2), s.pop()))(Stack())[-1] == 2"),
+    ],
+)
+def test_the_first_line_that_people_type_is_continued_with_code_that_runs(prompt, check):
+    with LLM(device="reference", max_batch=1) as llm:
+        params = SamplingParams(temperature=0, max_tokens=200)
+        (answer,) = llm.generate([prompt], params)[0].outputs
+    assert answer.finish_reason == "stop"
+    code = f"{prompt}{answer.text}\nassert {check}"
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, timeout=60)
 
 
 def test_the_wheel_holds_every_file_of_the_model(tmp_path):

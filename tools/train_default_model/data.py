@@ -19,7 +19,6 @@ from tokenizers.trainers import BpeTrainer
 from chat_format import BEGIN, END, SPECIAL_TOKENS, exchange_text
 from cleaning import Seen, clean, is_held_out, is_prose_or_code
 from conversations import about_the_model, from_documentation, from_python
-from exercises import exercise_questions, exercises
 from sources import PROJECTS, fetch, licences, project_files, standard_library
 
 VOCAB_SIZE = 6144
@@ -88,12 +87,12 @@ def build(work: Path, out: Path) -> None:
         train.append(text)
         made = from_python(text) if path.endswith(".py") else from_documentation(text)
         exchanges.update((exchange.question, exchange_text(*exchange)) for exchange in made)
-    written = [exchange_text(*exchange) for exchange in about_the_model() + exercise_questions()]
-    made_here = [*exchanges.values(), *written, *exercises()]
+    conversations = list(exchanges.values())
+    conversations += [exchange_text(*exchange) for exchange in about_the_model()]
 
     tokenizer = make_tokenizer(train)
     tokenizer.save(str(out / "tokenizer.json"))
-    train_ids = encode(tokenizer, train + made_here)
+    train_ids = encode(tokenizer, train + conversations)
     held_out_ids = encode(tokenizer, held_out)
     np.savez_compressed(out / "train.npz", ids=train_ids)
     np.savez_compressed(out / "held_out.npz", ids=held_out_ids)
@@ -102,10 +101,10 @@ def build(work: Path, out: Path) -> None:
     corpus = {
         "bytes_by_project": dict(sizes.most_common()),
         "files": {"train": len(train), "held_out": len(held_out)},
-        "conversations_and_exercises": len(made_here),
+        "conversations": len(conversations),
         "bytes": {
             "train": sum(len(text.encode()) for text in train),
-            "conversations_and_exercises": sum(len(text.encode()) for text in made_here),
+            "conversations": sum(len(text.encode()) for text in conversations),
             "held_out": sum(len(text.encode()) for text in held_out),
         },
         "tokens": {"train": len(train_ids), "held_out": len(held_out_ids)},

@@ -1,7 +1,7 @@
-"""A trained checkpoint -> the files that the package ships: int8 weights, tokenizer, licences.
+"""A refined checkpoint -> the files that the package ships: int8 weights, tokenizer, licences.
 
-`python package.py TRAINED DATA [PACKAGE]`: TRAINED is what train.py wrote, DATA what data.py wrote.
-The model card, README.md of PACKAGE, is written by hand.
+`python package.py REFINED DATA [PACKAGE]`: REFINED is what refine.py wrote, DATA is what data.py
+wrote. The model card, README.md of PACKAGE, is written by hand.
 """
 
 import argparse
@@ -33,21 +33,21 @@ def quantise(weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return packed
 
 
-def package(trained: Path, data: Path, out: Path) -> None:
+def package(refined: Path, data: Path, out: Path) -> None:
     """Write everything but the model card into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     weights: dict[str, torch.Tensor] = {}
-    for shard in sorted(trained.glob("*.safetensors")):
+    for shard in sorted(refined.glob("*.safetensors")):
         weights.update(load_file(shard))
     file = out / "weights.safetensors"
     save_file(quantise(weights), file)
     file.chmod(0o644)
     for name in AS_THEY_ARE:
-        shutil.copyfile(trained / name, out / name)
-    ends = json.loads((trained / "generation_config.json").read_text())
+        shutil.copyfile(refined / name, out / name)
+    ends = json.loads((refined / "generation_config.json").read_text())
     generation = {name: ends[name] for name in ("bos_token_id", "eos_token_id")}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    shutil.copyfile(trained / "training.json", out / "training.json")
+    shutil.copyfile(refined / "training.json", out / "training.json")
     for name in ("LICENSES.txt", "held_out.txt"):
         shutil.copyfile(data / name, out / name)
 
@@ -55,11 +55,11 @@ def package(trained: Path, data: Path, out: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trained", type=Path)
+    parser.add_argument("refined", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("package", type=Path, nargs="?", default=PACKAGE)
     given = parser.parse_args()
-    package(given.trained, given.data, given.package)
+    package(given.refined, given.data, given.package)
     total = sum(file.stat().st_size for file in given.package.iterdir())
     print(f"{given.package}: {total / 1e6:.2f} MB")
 

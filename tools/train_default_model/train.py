@@ -63,8 +63,8 @@ class Run:
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
 
     def loss(self, ids: Tensor) -> Tensor:
-        """Mean loss of ids [batch, tokens + 1]; bf16 products on a GPU, float32 on a CPU."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """Mean loss of ids [batch, tokens + 1]; products in bf16."""
+        with torch.autocast(self.device.type, torch.bfloat16):
             return self.model(ids)
 
     def say(self, text: str) -> None:
@@ -89,13 +89,18 @@ def windows(run: Run) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def held_out_loss(run: Run, max_batches: int | None = None) -> float:
-    """Mean loss in nats a token over windows that do not overlap."""
+def held_out(run: Run, max_batches: int | None = None) -> dict[str, float]:
+    """The mean loss over windows of the held-out text that do not overlap, for the report."""
     ids, span = run.held_out_ids, torch.arange(run.tokens + 1, device=run.device)
     starts = torch.arange(0, len(ids) - run.tokens - 1, run.tokens, device=run.device)
     full = starts[: len(starts) // run.batch * run.batch].view(-1, run.batch)[:max_batches]
     losses = [run.loss(ids[chosen[:, None] + span].long()) for chosen in full]
-    return torch.stack(losses).mean().item()
+    loss = torch.stack(losses).mean().item()
+    bytes_a_token = run.corpus["bytes"]["held_out"] / run.corpus["tokens"]["held_out"]
+    return {
+        "held_out_nats_per_token": round(loss, 4),
+        "held_out_bits_per_byte": round(loss / math.log(2) / bytes_a_token, 4),
+    }
 
 
 def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
@@ -133,23 +138,21 @@ def update(model: Llama, opts: list[torch.optim.Optimizer], rate: float) -> None
 
 def checkpoint(run: Run, step: int, max_batches: int | None = None) -> None:
     """Measure the held-out loss and save; `max_batches` bounds the time of the measurement."""
-    loss = held_out_loss(run, max_batches)
+    found = held_out(run, max_batches)
     tokens = step * run.batch * run.tokens
-    bytes_a_token = run.corpus["bytes"]["held_out"] / run.corpus["tokens"]["held_out"]
     report = {
         "num_parameters": sum(w.numel() for w in run.model.parameters()),
         "steps": step,
         "tokens": tokens,
         "epochs": round(tokens / len(run.train_ids), 2),
-        "held_out_nats_per_token": round(loss, 4),
-        "held_out_bits_per_byte": round(loss / math.log(2) / bytes_a_token, 4),
+        **found,
         "seconds": round(time.perf_counter() - run.started, 1),
         "device": run.device_name,
         "torch": torch.__version__,
         "corpus": run.corpus,
     }
     save(run.model, run.data / "tokenizer.json", run.out, report)
-    run.say(f"saved after {step} steps: held out {loss:.4f} nats a token")
+    run.say(f"saved after {step} steps: {found}")
 
 
 def train(run: Run) -> int:

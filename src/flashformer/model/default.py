@@ -16,7 +16,7 @@ PACKAGED = Path(__file__).parent / "default_model"
 HELD_OUT = PACKAGED / "held_out.txt"  # text of the same kind that the model has not seen
 PACKED_WEIGHTS = "weights.safetensors"
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-FOLDER = "default-model-3"  # raise the number whenever a packaged file changes
+FOLDER = "default-model-4"  # raise the number whenever a packaged file changes
 
 
 def default_checkpoint(cache_dir: Path) -> Path:
@@ -58,7 +58,8 @@ def _unpack_weights(packed: Path, path: Path) -> None:
     for name, values in stored.items():
         matrix = name.removesuffix(".codes")
         if matrix != name:
-            tensors[matrix] = values * stored[f"{matrix}.scales"][:, None]
+            scaled = values * stored[f"{matrix}.scales"][:, None]
+            tensors[matrix] = scaled.astype(ml_dtypes.bfloat16)
         elif not name.endswith(".scales"):
-            tensors[name] = values
-    save_file({n: w.astype(ml_dtypes.bfloat16) for n, w in tensors.items()}, path, {"format": "pt"})
+            tensors[name] = values.astype(ml_dtypes.bfloat16)
+    save_file(tensors, path, {"format": "pt"})
