@@ -2,31 +2,25 @@
 
 import ctypes
 import dataclasses
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from flashformer.backends.base import NOT_A_NUMBER, NOT_FINITE, Choice
-from flashformer.backends.cpu.compile import find_compiler
 from flashformer.backends.cuda.choices import Choices, row_stride
-from flashformer.backends.cuda.compile import KERNEL
 from flashformer.backends.cuda.machine import Device, fit_machine
 from flashformer.codegen.cuda_args import CudaStepArgs
-from flashformer.codegen.cuda_header import render_cuda
 from flashformer.codegen.exchange import exchange_bytes
 from flashformer.engine.sampler import Draw, TokenCounts, sample
 from flashformer.engine.sampling import SamplingParams
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import PlanOptions, make_plan
+from simt_library import simt_library
 
 VOCAB = 1003  # divides by nothing convenient
 POSITION = 40
-SIMT = Path(__file__).parent / "simt"
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +36,7 @@ class Sampler:
         device = Device("three SMs", 9, 0, 3, 227 << 10, cooperative=True)
         self.plan = make_plan(spec, fit_machine(device, spec), PlanOptions(context=256))
         assert self.plan.machine.num_ctas == 3
-        for path in KERNEL.glob("*.cuh"):
-            shutil.copy(path, folder)
-        for path in SIMT.iterdir():
-            shutil.copy(path, folder)  # in place of the kernel's own ptx.cuh and ring.cuh
-        (folder / "config.h").write_text(render_cuda(self.plan))
-        library = folder / "sampler.so"
-        command = [
-            find_compiler().path,
-            "-std=c++20",
-            "-O1",
-            "-ffp-contract=off",
-            "-shared",
-            "-fPIC",
-        ]
-        command += ["-w", f"-I{folder}", str(folder / "sampler.cpp"), "-o", str(library)]
-        subprocess.run(command, check=True)
-        self.library = ctypes.CDLL(str(library))
+        self.library = simt_library(folder, self.plan, "sampler")
         self.packet_bytes, self.exchange_bytes = exchange_bytes(self.plan)
 
     def draw(self, logits, choices, stop=0):

@@ -35,6 +35,9 @@ struct alignas(16) Vec16 {
 struct float2 {
   float x, y;
 };
+struct uint2 {
+  u32 x, y;
+};
 
 namespace simt {
 
@@ -153,6 +156,11 @@ T __shfl_up_sync(u32, T v, int d) {
   return simt::exchange(v, lane < u32(d) ? lane : lane - d);
 }
 template <class T>
+T __shfl_down_sync(u32, T v, int d) {
+  const u32 lane = simt::current->thread % 32;
+  return simt::exchange(v, lane + d < 32 ? lane + d : lane);
+}
+template <class T>
 T __shfl_sync(u32, T v, int lane) { return simt::exchange(v, lane); }
 inline u32 __ballot_sync(u32, bool v) {
   simt::Warp& warp = *simt::current->warp;
@@ -174,6 +182,8 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline u32 __float_as_uint(float v) { return __builtin_bit_cast(u32, v); }
+inline float __uint_as_float(u32 v) { return __builtin_bit_cast(float, v); }
 inline int __float_as_int(float v) { return __builtin_bit_cast(int, v); }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline void __nanosleep(u32) { simt::yield(); }
@@ -194,3 +204,20 @@ inline u32 ld_relaxed_sys(const u32* p) { return *p; }
 inline void st_relaxed_sys(u32* p, u32 v) { *p = v; }
 inline u64 ld_relaxed_gpu(const u64* p) { return *p; }
 inline float ld_cg_f32(const float* p) { return *p; }
+inline Vec16 ld_relaxed_gpu_b128(const void* p) {
+  simt::yield();
+  return *static_cast<const Vec16*>(p);
+}
+inline void st_relaxed_gpu_b128(void* p, const Vec16& v) { *static_cast<Vec16*>(p) = v; }
+inline void st_relaxed_gpu_b64(void* p, u32 lo, u32 hi) { *static_cast<uint2*>(p) = {lo, hi}; }
+
+inline float ex2(float v) { return std::exp2(v); }
+// To the nearest, ties to even; only finite values.
+inline u32 bf16_of(float v) { return (__float_as_uint(v) + 0x7fff + (__float_as_uint(v) >> 16 & 1)) >> 16; }
+inline u32 cvt_bf16x2(float lo, float hi) { return bf16_of(lo) | bf16_of(hi) << 16; }
+// Nobody here has narrow weights, or those of fp16.
+inline u32 fma_bf16x2(u32, u32, u32) { std::abort(); }
+inline u32 redux_max(u32) { std::abort(); }
+inline u32 __byte_perm(u32, u32, u32) { std::abort(); }
+inline u32 cvt_f16x2(float, float) { std::abort(); }
+inline float cvt_f32_f16(u16) { std::abort(); }

@@ -4,7 +4,7 @@
 #pragma once
 #include "past.cuh"
 
-constexpr int merge_vecs = head_dim_padded / 2;  // a thread takes two neighbouring dims
+constexpr int merge_vecs = config::head_dim / 2;  // a thread takes two neighbouring dims
 constexpr int merge_threads = merge_vecs <= 8 ? 8 : merge_vecs <= 16 ? 16 : merge_vecs <= 32 ? 32 : merge_vecs <= 64 ? 64 : 128;
 constexpr int merge_side = num_consumers / merge_threads;  // chunks side by side
 // Chunks of a thread in one round: as many as its registers hold, and a warp's lanes know the maximums of.

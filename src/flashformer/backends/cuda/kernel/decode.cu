@@ -4,6 +4,7 @@
 // that multiply; a finishing warp turns their sums into each stage's output. CTAs hand values to each other in packets;
 // they meet at a barrier once a token. `Consumer::run` is the model.
 #include "attention.cuh"
+#include "hidden.cuh"
 #include "sample.cuh"
 
 // Everything that the steps read, in the order in which the consumers use it.
@@ -21,6 +22,7 @@ __device__ __forceinline__ void produce(const Cta& cta) {
         fence_proxy_async();
       }
       stream_past(ring, layer, step);
+      ring.trace(Moment::past_fill, layer);
       stream_tiles<Kind::o_proj>(ring, layer);
       stream_tiles<Kind::gate_up>(ring, layer);
       stream_tiles<Kind::down>(ring, layer);

@@ -3,7 +3,8 @@
 // A unit is (row, kv head, chunk of pages). The chunk size depends on the row's own length alone, so that a row's
 // result does not depend on its neighbours. Pages hold keys and values in operand B's fragment order.
 #pragma once
-#include "hidden.cuh"
+#include "packet.cuh"
+#include "stages.cuh"
 
 constexpr int dim_blocks = head_dim_padded / 16;
 constexpr u32 page_bytes = config::page_tokens * head_dim_padded * 2;  // keys, or values, of one kv head
