@@ -1,6 +1,7 @@
 // The decoder with one of its ideas taken out, to see what the idea is worth; everything else is decode.cu itself.
 // ablation.py defines which. For one token a step.
 #include "attention.cuh"
+#include "hidden.cuh"
 #include "sample.cuh"
 
 #if defined(ABLATE_RING)

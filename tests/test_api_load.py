@@ -56,7 +56,7 @@ def test_seeds_of_requests_without_one_come_from_the_llm(checkpoint):
         ({"context": 1}, "context"),
         ({"context": 10**9}, "512 positions"),
         ({"context": 1.5}, "context"),
-        ({"quant": "int3"}, "int8, int4, int4g128"),
+        ({"quant": "int3"}, "int8, fp8, int4, "),
         ({"seed": -1}, "seed"),
         ({"seed": "1"}, "seed"),
     ],

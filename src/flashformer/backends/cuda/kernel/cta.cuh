@@ -4,6 +4,13 @@
 
 #include "ptx.cuh"
 
+// Without bulk copies the producer takes so many registers that a call is cheaper than keeping all around it in place.
+#if __CUDA_ARCH__ >= 900
+#define INLINED_WITH_ROOM __forceinline__
+#else
+#define INLINED_WITH_ROOM __noinline__
+#endif
+
 constexpr int num_consumer_warps = 8;
 constexpr int num_consumers = num_consumer_warps * 32;
 constexpr int max_slots = 16;

@@ -169,7 +169,7 @@ __device__ __forceinline__ void convert_x(const Cta& cta) {
 
 // The same as `load_x` for the input of a matrix behind a norm, from the hidden state.
 template <class S>
-__device__ __forceinline__ void load_normed_x(const Cta& cta, const u8* buffer, u32 tag, u64 norm_offset) {
+__device__ INLINED_WITH_ROOM void load_normed_x(const Cta cta, const u8* buffer, u32 tag, u64 norm_offset) {
   using Rows = Fetch<S::cols, S::X::packets>;
   const float* norm = vector_at(cta, norm_offset);
   RowSums squares{};
