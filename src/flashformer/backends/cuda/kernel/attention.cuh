@@ -17,7 +17,6 @@ struct AttentionScratch {
   float* heads;  // [num_consumer_warps][head_dim_padded]
   float* stats;  // [num_consumer_warps][16][2]: maximum, sum
   float* output; // [num_consumer_warps][group][output_dims]
-                 // from heads on: [merge_floats] of merge_head
 
   __device__ explicit AttentionScratch(u8* p)
       : query(p), keys(p + dim_blocks * 512), values(p + 2 * dim_blocks * 512),
@@ -25,6 +24,7 @@ struct AttentionScratch {
         output(stats + num_consumer_warps * 32) {}
 };
 
+// merge_chunks, which comes after the units, takes the same memory.
 static_assert(merge_floats <= num_consumer_warps * (head_dim_padded + 32 + config::group * output_dims));
 
 constexpr int head_packets = config::head_dim / 4;
@@ -127,8 +127,9 @@ __device__ __forceinline__ HeadTask head_task(const Cta& cta, const float* qkv, 
 
 // Query heads of the unit into operand A, and the step's own keys and values into one block of 16 positions. What the
 // block holds beyond them is not visible.
-__device__ __noinline__ void prepare_unit(const Cta cta, const AttentionScratch scratch, const Exchange exchange, int layer, u32 tag, int row, int kv_head,
-                                          bool with_own) {
+// Before sm_90 registers are so short that the exchange comes as a whole: in memory.
+__device__ __noinline__ void prepare_unit(const Cta cta, const AttentionScratch scratch, const Exchange exchange,
+                                          int layer, u32 tag, int row, int kv_head, bool with_own) {
   const float* qkv = exchange.qkv;
   const int num_own = with_own ? cta.args.positions[row] - cta.args.bases[row] + 1 : 0;
   const int num_tasks = config::group + 2 * num_own;
@@ -145,7 +146,7 @@ __device__ __noinline__ void prepare_unit(const Cta cta, const AttentionScratch 
     if (i < num_tasks) packets.fetch(cta, head_task(cta, qkv, layer, i, row, kv_head, num_own), tag);
     if (i == cta.warp) cta.consumer_sync();  // every warp has left what the scratch held
     if (i >= num_tasks) continue;
-    asm volatile("" : "+r"(i));
+    asm volatile("" : "+r"(i));  // the task is derived again, not kept in registers across the barrier
     place_head(cta, scratch, head_task(cta, qkv, layer, i, row, kv_head, num_own), packets, layer_table[layer].rope_idx);
   }
   cta.consumer_sync();
