@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from generated import between_marks
 from roofline import roofline
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PICTURE = ROOT / "docs" / "roofline.svg"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COMPARISON = (
     "| model | format | test | FlashFormer tok/s | share of bandwidth | {peer} tok/s | ratio |",
     "|---|---|---|---:|---:|---:|---:|",
@@ -72,9 +72,7 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
 
 def with_tables(readme: str, results: list[dict[str, Any]]) -> str:
     """The README with the text between the two marks replaced."""
-    before, rest = readme.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{BEGIN}\n{tables(results)}{END}{after}"
+    return between_marks(readme, tables(results))
 
 
 def tables(results: list[dict[str, Any]]) -> str:

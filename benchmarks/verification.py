@@ -3,28 +3,21 @@
 python benchmarks/verification.py [--check]
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from generated import between_marks, rewrite
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "verification"
 DOCUMENT = ROOT / "docs" / "verification.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def main() -> None:
     """Rewrite the page, or with --check only say whether it is up to date."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
-    arguments = parser.parse_args()
-    old = DOCUMENT.read_text()
-    new = with_tables(old, load_results())
-    if arguments.check:
-        raise SystemExit(int(new != old))
-    DOCUMENT.write_text(new)
+    rewrite(DOCUMENT, lambda page: with_tables(page, load_results()), __doc__)
 
 
 def load_results() -> list[dict[str, Any]]:
@@ -35,10 +28,8 @@ def load_results() -> list[dict[str, Any]]:
 
 def with_tables(page: str, results: list[dict[str, Any]]) -> str:
     """The page with the text between the two marks replaced."""
-    before, rest = page.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
     lines = "\n".join([*tests(results), *tools(results), *compiled(results)])
-    return f"{before}{BEGIN}\n{lines or 'No results yet.'}\n{END}{after}"
+    return between_marks(page, f"{lines or 'No results yet.'}\n")
 
 
 def newest(results: list[dict[str, Any]], section: str) -> dict[str, Any] | None:

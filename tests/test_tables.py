@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import tables
 import waterfall
+from generated import BEGIN, END
 from roofline import roofline
 
 
@@ -80,9 +81,7 @@ def test_the_waterfall_page_has_the_newest_timeline_of_each_model():
             "file": "f.json",
         }
 
-    page = waterfall.with_tables(
-        f"before {waterfall.BEGIN}old{waterfall.END} after", [timeline(400.0, "2026-01-01")]
-    )
+    page = waterfall.with_tables(f"before {BEGIN}old{END} after", [timeline(400.0, "2026-01-01")])
     assert page.startswith("before ")
     assert page.endswith(" after")
     assert "| idle | hand-off down → qkv | 100.0 | 20.0% |" in page
