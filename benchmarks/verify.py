@@ -31,8 +31,9 @@ from record_tests import UNFINISHED, read_tests
 ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TESTS = (
-    *("tests/test_cuda_stages.py", "tests/test_cuda_safety.py", "tests/test_cuda.py"),
-    *("tests/test_cuda_sampling.py", "tests/test_prefill_ops.py", "tests/test_cuda_prefill.py"),
+    *("tests/test_cuda_stages.py", "tests/test_cuda_narrow.py", "tests/test_cuda_safety.py"),
+    *("tests/test_cuda.py", "tests/test_cuda_sampling.py", "tests/test_prefill_ops.py"),
+    *("tests/test_cuda_prefill.py", "tests/test_prefill_attention.py", "tests/test_baselines.py"),
 )
 WRONG = ("failed", UNFINISHED)
 PYTEST_RAN = (0, 1, 5)  # all well, tests failed, no test was asked for
@@ -228,8 +229,10 @@ def run(command: list[str], ends: float) -> subprocess.CompletedProcess[str]:
         )
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed")
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", "did not end within the time limit")
+    except subprocess.TimeoutExpired as late:
+        said = (late.stderr or b"").decode(errors="replace")
+        said += "did not end within the time limit"
+        return subprocess.CompletedProcess(command, 124, "", said)
 
 
 def version() -> str:
