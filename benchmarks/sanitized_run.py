@@ -65,7 +65,8 @@ def main() -> None:
         pack(plan, RandomWeights(spec), image)
         for found in results(plan, image, instruments):
             digest.update(found.tobytes())
-            print(f"{model_type} {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+            spent = time.perf_counter() - started
+            print(f"{model_type} {spent:.1f} s", file=sys.stderr, flush=True)
     sys.stdout.write(digest.hexdigest() + "\n")
 
 
