@@ -102,6 +102,7 @@ def measure_model(shape: str, rows: int, options: argparse.Namespace) -> dict[st
     pages = 2 * -(-plan.options.context // machine.page_tokens)
     image = random_image(plan, torch.device("cuda"))
     backend = CudaBackend(plan, image, pages)
+    backend.warm_up()
     steps = Steps.of(backend)
     model: dict[str, Any] = {
         "name": shape,

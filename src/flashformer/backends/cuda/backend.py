@@ -85,8 +85,15 @@ class CudaBackend:
         self._page_table = torch.zeros(0, dtype=torch.int32, device=self._device)
         self._known_pages: Int32 | None = None
         self._prefill = Prefill(plan, self._image, self._kv)
-        self._prefill.warm_up(num_pages)
-        self._kv.fill_(255 if instruments.poison else 0)  # NaN in tests
+        self._clear_pages()
+
+    def warm_up(self) -> None:
+        """Run a few prompts, so that no user's is the one that waits for torch. Clears the pages."""
+        self._prefill.warm_up(self._num_pages)
+        self._clear_pages()
+
+    def _clear_pages(self) -> None:
+        self._kv.fill_(255 if self._instruments.poison else 0)  # NaN in tests
 
     @property
     def plan(self) -> Plan:

@@ -49,10 +49,14 @@ def open_cuda(
     plan = make_plan(spec, cuda_machine(spec), options)
     check(driver.cuInit(0))
     require_gpu_memory(plan, num_pages, torch.cuda.mem_get_info(0)[0])
-    if isinstance(weights, AnyWeights):
-        return CudaBackend(plan, random_image(plan, torch.device("cuda")), num_pages, instruments)
-    image = load_image(plan, weights, progress=progress)
-    return CudaBackend(plan, image, num_pages, instruments)
+    image = (
+        random_image(plan, torch.device("cuda"))
+        if isinstance(weights, AnyWeights)
+        else load_image(plan, weights, progress=progress)
+    )
+    backend = CudaBackend(plan, image, num_pages, instruments)
+    backend.warm_up()
+    return backend
 
 
 def fit(spec: ModelSpec, weight_format: str, batch: int) -> Fit:
