@@ -24,7 +24,7 @@ from flashformer.backends.cuda import CudaBackend, cuda_machine
 from flashformer.backends.cuda.compile import Cubin, build_cubin
 from flashformer.backends.cuda.launch import Kernel
 from flashformer.backends.cuda.random_image import random_image
-from flashformer.codegen.cuda_header import render_cuda
+from flashformer.codegen.cuda_header import IN_FLIGHT, render_cuda
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
@@ -39,11 +39,13 @@ THREADS = 320
 WHOLE = "as it is"
 FFMA = "products by FFMA, not on the tensor cores"
 UNBOUNDED = "every free slot of the ring on its way"
-# name -> what ablate.cu is told; UNBOUNDED is a constant of the header
+STEADY = "as many copies on their way however full the ring is"
+# name -> what ablate.cu is told; UNBOUNDED and STEADY are constants of the header
 VARIANTS = {
     WHOLE: "",
     "the ring stops at every stage's end": "ABLATE_RING",
     UNBOUNDED: "",
+    STEADY: "",
     FFMA: "ABLATE_TENSOR_CORES",
     "all CTAs meet at a barrier after every stage": "ABLATE_PACKETS",
 }
@@ -85,9 +87,10 @@ def parse_arguments() -> argparse.Namespace:
 def variant_cubin(plan: Plan, name: str, num_slots: int) -> Cubin:
     """The decoder for one row with one thing taken out."""
     header = render_cuda(plan, rows=1)
-    if name == UNBOUNDED:
-        header, found = re.subn(r"(int in_flight = )\d+;", rf"\g<1>{num_slots};", header)
-        assert found == 1
+    if name in (UNBOUNDED, STEADY):
+        copies = num_slots if name == UNBOUNDED else IN_FLIGHT
+        header, found = re.subn(r"(int (full_)?in_flight = )\d+;", rf"\g<1>{copies};", header)
+        assert found == 2
     if VARIANTS[name]:
         header = f"#define {VARIANTS[name]}\n{header}"
     return build_cubin(header, "ablate", plan.machine.arch, HERE)

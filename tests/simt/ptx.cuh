@@ -193,7 +193,7 @@ inline void __syncthreads() { simt::meet(simt::current->named_barriers[0], block
 inline u64 globaltimer() { return 0; }  // no wait is ever over
 inline void bar_sync(int id, int threads) { simt::meet(simt::current->named_barriers[id], threads); }
 inline void barrier_sync(int id, int threads) { bar_sync(id, threads); }
-inline bool mbarrier_test_wait(u64*, u32) { return true; }
+inline bool mbarrier_try_wait(u64*, u32) { return true; }
 inline void red_release_gpu_add(u32* p, u32 v) { *p += v; }
 inline u32 ld_acquire_gpu(const u32* p) {
   simt::yield();

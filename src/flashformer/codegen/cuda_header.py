@@ -14,6 +14,7 @@ from flashformer.quant.formats import FORMATS, TILE_ROWS
 SLOT_BYTES = 16384
 QUANTISED_SLOT_BYTES = 16384 + 512
 IN_FLIGHT = 4  # copies on their way at once: more only lengthens the queues in the memory system
+FULL_IN_FLIGHT = 2  # while half of the slots wait to be read
 WINDOW_BYTES = 32768  # of activations too wide for shared memory: eight packets a thread
 SAMPLE_SCRATCH_BYTES = 7168  # shared memory of the search for the end of top-k and top-p
 MATRICES = ("qkv", "o_proj", "gate_up", "down")
@@ -141,6 +142,7 @@ def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
         "residual_tiles": -(-tiles // machine.num_ctas),
         "slot_bytes": slot_bytes(plan),
         "in_flight": IN_FLIGHT,
+        "full_in_flight": FULL_IN_FLIGHT,
         "window_bytes": WINDOW_BYTES,
         "window_tiles": window_tiles(machine.arch),
         "page_tokens": machine.page_tokens,

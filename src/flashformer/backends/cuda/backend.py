@@ -88,7 +88,7 @@ class CudaBackend:
         self._clear_pages()
 
     def warm_up(self) -> None:
-        """Run a few prompts, so that no user's is the one that waits for torch. Clears the pages."""
+        """Run a few prompts, so that no user's waits for torch's kernels; the pages are cleared."""
         self._prefill.warm_up(self._num_pages)
         self._clear_pages()
 

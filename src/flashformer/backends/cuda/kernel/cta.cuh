@@ -132,7 +132,7 @@ struct Cta {
   __device__ __forceinline__ void wait(u64* bar, u32 parity, WaitKind kind) const {
     const Stopwatch stopwatch(*this, kind);
     Patience patience;
-    while (!mbarrier_test_wait(bar, parity)) {
+    while (!mbarrier_try_wait(bar, parity)) {
       if (patience.ends(args, shared, kind)) return;
     }
   }

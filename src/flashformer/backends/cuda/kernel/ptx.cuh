@@ -41,16 +41,24 @@ __device__ __forceinline__ void mbarrier_arrive_warp(u64* bar, int lane) {
 #endif
 }
 
-__device__ __forceinline__ bool mbarrier_test_wait(u64* bar, u32 parity) {
+// Whether a phase is over.
+__device__ __forceinline__ bool mbarrier_test(u64* bar, u32 parity) {
   u32 done;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
-#else
   asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
-#endif
   return done != 0;
+}
+
+// The same after a short sleep in hardware, where there is one.
+__device__ __forceinline__ bool mbarrier_try_wait(u64* bar, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+  u32 done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+  return done != 0;
+#else
+  return mbarrier_test(bar, parity);
+#endif
 }
 
 __device__ __forceinline__ void fence_proxy_async() {

@@ -2,8 +2,8 @@
 //
 // One warp fills, eight warps read. `RingPosition` is a slot and the parity of its barriers; both sides walk the
 // same sequence of fills, which is never interrupted at a stage, layer or token. Two limits: a slot is refilled
-// only when all readers have released it, and at most config::in_flight fills are on their way at any time
-// (queues in the memory system make every hand-off slower: docs/kernel.md).
+// only when all readers have released it, and few fills are on their way at any time (queues in the memory system make
+// every hand-off slower: docs/cuda-kernel.md).
 #pragma once
 #include "cta.cuh"
 
@@ -31,7 +31,7 @@ struct RingWriter {
 
   __device__ void fill(const u8* source, u32 bytes) {
     Shared& shared = cta.shared;
-    if (in_flight == config::in_flight) land(WaitKind::slot_landed);
+    while (in_flight >= most_in_flight()) land(WaitKind::slot_landed);
     cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
     if (__any_sync(~0u, cta.aborted())) return;  // nobody reads on
     u8* slot = cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
@@ -39,6 +39,14 @@ struct RingWriter {
     copy(slot, source, bytes, &shared.full[next.slot]);
     next.advance(cta.args.num_slots);
     ++in_flight;
+  }
+
+  // Fewer while half of the slots wait to be read: hand-offs then matter more than copies.
+  __device__ __forceinline__ int most_in_flight() const {
+    RingPosition ahead = next;
+    ahead.advance(cta.args.num_slots, cta.args.num_slots / 2);
+    const bool is_free = mbarrier_test(&cta.shared.empty[ahead.slot], ahead.parity);
+    return __any_sync(~0u, is_free) ? config::in_flight : config::full_in_flight;
   }
 
 #if __CUDA_ARCH__ >= 900
@@ -59,7 +67,7 @@ struct RingWriter {
   // The oldest copy on its way has landed. Waits when nobody else does any more: a copy must not outlive the CTA.
   __device__ void land(WaitKind kind) {
     Patience patience;
-    while (!mbarrier_test_wait(&cta.shared.full[landed.slot], landed.parity)) {
+    while (!mbarrier_try_wait(&cta.shared.full[landed.slot], landed.parity)) {
       if (++patience.polls % 64 == 0 && patience.over(cta.args)) {
         *static_cast<volatile u32*>(&cta.shared.aborted) = static_cast<u32>(kind) << 8 | cta.warp;
         break;
