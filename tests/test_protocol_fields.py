@@ -175,6 +175,13 @@ def test_a_body_that_is_no_object_is_refused(route, body):
     assert outcome(ROUTES[route][1], body) is not None
 
 
+def test_an_integer_longer_than_any_field_takes_is_refused_by_its_field():
+    assert read_body(b'{"a": 1, "b": %s}' % (b"7" * 64))["b"] == int("7" * 64)
+    with pytest.raises(RequestError) as caught:
+        read_body(b'{"a": 1, "b": [-%s]}' % (b"1234567890" * 7))
+    assert caught.value.param == "b"
+
+
 def test_a_body_is_refused_where_it_becomes_too_deep():
     def nested(depth):
         return json.dumps({"messages": json.loads("[" * depth + "]" * depth)}).encode()

@@ -5,20 +5,21 @@ body -> dict; `RequestError` names the field that holds what JSON or Unicode doe
 
 import json
 import math
-import re
 from typing import Any
 
 from flashformer.serve.server.endpoint import RequestError
 
 MAX_DEPTH = 64
 _LONGEST_INTEGER = 64  # digits; no field takes more, and Python's own parser stops at 4300
-_LONG_INTEGER = re.compile(rb"[0-9]{65}")  # a search is cheaper than a call for each number
+# A search is cheaper than a call for each number, and this one than a regular expression.
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
+_LONG_INTEGER = b"0" * (_LONGEST_INTEGER + 1)
 
 
 def read_body(body: bytes) -> dict[str, Any]:
     """The object in `body`: finite numbers and valid Unicode only, at most MAX_DEPTH deep."""
     try:
-        parse_int = _integer if _LONG_INTEGER.search(body) else None
+        parse_int = _integer if _LONG_INTEGER in body.translate(_DIGITS_TO_ZERO) else None
         value = json.loads(body.decode("utf-8"), parse_int=parse_int)
     except UnicodeDecodeError as error:
         raise _refusal(f"the body is not valid UTF-8: see byte {error.start}.") from None

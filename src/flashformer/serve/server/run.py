@@ -17,6 +17,7 @@ from flashformer.errors import UsageError
 from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK
 from flashformer.serve.server import wire
 from flashformer.serve.server.app import make_app
+from flashformer.serve.server.child import settle
 from flashformer.serve.server.client import EngineClient
 from flashformer.serve.server.connection import LimitedConnection
 from flashformer.serve.server.endpoint import Endpoint
@@ -103,8 +104,13 @@ def serve(
 ) -> int:
     """Run a server in this thread until a signal ends it."""
 
+    def is_ready(ready: wire.Ready, url: str) -> None:
+        settle()
+        if on_ready is not None:
+            on_ready(ready, url)
+
     async def main() -> int:
-        server = Server(options, endpoints, on_progress=on_progress, on_ready=on_ready)
+        server = Server(options, endpoints, on_progress=on_progress, on_ready=is_ready)
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, server.stop, number)

@@ -28,7 +28,7 @@ from flashformer.plan.plan import Plan
 from flashformer.serve.failure import failure_of
 from flashformer.serve.load import LoadOptions
 from flashformer.serve.server import wire
-from flashformer.serve.server.child import open_channel
+from flashformer.serve.server.child import open_channel, settle
 from flashformer.serve.server.grammars import GrammarQueue
 from flashformer.serve.server.messages import GenerateEvent, ModelInfo
 from flashformer.serve.speed import read_bandwidth
@@ -77,8 +77,7 @@ class Worker:
                 self._grammars.start(message)
         elif isinstance(message, wire.Cancel):
             self._grammars.forget(message.key)
-            for request in self._drop(message.key):
-                self._engine.cancel(request)
+            self._drop(message.key)
         elif isinstance(message, wire.Ping):
             alive = self._engine.has_work or self._self_test() == self._self_test_token
             self._channel.send(wire.Pong(alive))
@@ -109,12 +108,13 @@ class Worker:
         self._requests[submit.key] = requests
         self._not_started.add(submit.key)
 
-    def _drop(self, key: int) -> list[Request]:
-        requests = self._requests.pop(key, [])
+    def _drop(self, key: int) -> None:
+        """Forget a request, and end what of it has not ended."""
         self._not_started.discard(key)
-        for request in requests:
-            self._places.pop(request, None)
-        return requests
+        for request in self._requests.pop(key, ()):
+            self._engine.cancel(request)
+            del self._places[request]
+            request.sequences = ()  # they know it too, and would wait for the garbage collector
 
     def _step(self) -> None:
         computed = sum(s.num_computed for s in self._engine.running)
@@ -319,6 +319,7 @@ def main(argv: Sequence[str]) -> int:
                 read_bandwidth(llm.backend),
             )
         )
+        settle()
         worker.run()
     except EOFError:
         return 0
