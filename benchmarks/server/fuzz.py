@@ -14,10 +14,9 @@ import threading
 import time
 from typing import Any
 
-from running import PATH, Running, run_and_record
+from running import PATH, Running, rss_growth, run_and_record
 
 NUM_THREADS = 8
-RSS_SHARE = 0.05
 VICTIM = {"prompt": [5, 9, 2, 44], "max_tokens": 24, "temperature": 0.8, "seed": 5, "logprobs": 5}
 TOOL = {
     "type": "function",
@@ -113,7 +112,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         server.wait_idle()
         after = server.resources()
         last = answer(server)
-    growth = {name: after[name]["rss_kib"] / before[name]["rss_kib"] - 1 for name in after}
     return {
         "passed": not bad and first == last,
         "requests": arguments.requests,
@@ -123,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "last_answer_is_the_first": first == last,
         "before": before,
         "after": after,
-        "rss_growth": growth,
+        "rss_growth": rss_growth(before, after),
     }
 
 

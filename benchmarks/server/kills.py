@@ -1,6 +1,6 @@
 """kill -9 at random moments of load, cache write, decode and shutdown: is the next start clean.
 
-python benchmarks/server/kills.py [--times 100]
+python benchmarks/server/kills.py [--times 100] [--seed 4]
 """
 
 import argparse
@@ -22,7 +22,7 @@ BODY = {"prompt": [5, 9, 2, 44], "max_tokens": 24, "temperature": 0.8, "seed": 5
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every phase in turn, each time with a start and an answer behind it."""
-    rng = random.Random(4)
+    rng = random.Random(arguments.seed)
     counts = dict.fromkeys(PHASES, 0)
     failures = []
     orphans = []
@@ -93,6 +93,7 @@ def alive(pid: int) -> bool:
 def add(parser: argparse.ArgumentParser) -> None:
     """The flags of this measurement."""
     parser.add_argument("--times", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=4, help="of the moments")
 
 
 if __name__ == "__main__":

@@ -150,6 +150,13 @@ def resources(pid: int) -> dict[str, int]:
     }
 
 
+def rss_growth(
+    before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]
+) -> dict[str, float]:
+    """By which share the resident memory of each process grew."""
+    return {name: round(after[name]["rss_kib"] / before[name]["rss_kib"] - 1, 4) for name in before}
+
+
 def run_and_record(
     name: str,
     measure: Callable[[argparse.Namespace], dict[str, Any]],
