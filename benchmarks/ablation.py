@@ -8,10 +8,8 @@ adds in another order, whose logits are compared.
 """
 
 import argparse
-import json
 import re
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,8 +28,9 @@ from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.serve.benchmark.cases import Case
 from flashformer.serve.benchmark.checks import rounding_of
-from flashformer.serve.benchmark.provenance import COMMIT_HELP, provenance, system
+from flashformer.serve.benchmark.provenance import COMMIT_HELP
 from flashformer.serve.benchmark.steps import Steps
+from result_file import begin, new_path, save
 
 HERE = Path(__file__).parent
 CASE = Case("tg", 64, 128, 1)
@@ -54,20 +53,12 @@ VARIANTS = {
 def main() -> None:
     """Measure every shape and write one result file."""
     options = parse_arguments()
-    result: dict[str, Any] = {
-        "schema": 1,
-        "kind": "ablation",
-        **provenance(options.commit),
-        "system": system(),
-        "gpu": {"name": torch.cuda.get_device_name(0)},
-        "models": [],
-    }
-    stem = f"{datetime.now(UTC):%Y-%m-%d-%H%M}-{result['gpu']['name'].lower().replace(' ', '-')}"
-    path = options.output or HERE / "results" / f"{stem}-ablation.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name(0)
+    path = options.output or new_path(gpu, "ablation")
+    result = {**begin("ablation", options.commit), "gpu": {"name": gpu}, "models": []}
     for shape in options.shapes.split(","):
         result["models"].append(measure(shape, options.rounds))
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        save(path, result)
         for variant in result["models"][-1]["variants"]:
             print({k: v for k, v in variant.items() if k != "samples_us"}, flush=True)
     if not all(v["right"] for model in result["models"] for v in model["variants"]):

@@ -13,7 +13,6 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,12 +30,12 @@ from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.serve.benchmark.cases import Case
-from flashformer.serve.benchmark.provenance import COMMIT_HELP, provenance, system
+from flashformer.serve.benchmark.provenance import COMMIT_HELP
 from flashformer.serve.benchmark.steps import Steps
 from prefill_checks import divergence, fill, twin_logits
+from result_file import begin, new_path, save
 from torch_loop import TorchLoop
 
-RESULTS = Path(__file__).parent / "results"
 CONTEXT = 128
 TOKENS = 64  # of a run
 POSITIONS = 256
@@ -137,20 +136,12 @@ def seen_tokens(cache: StaticCache, count: int) -> None:
 def main() -> None:
     """Measure every shape and write one result file."""
     options = parse_arguments()
-    result: dict[str, Any] = {
-        "schema": 1,
-        "kind": "baselines",
-        **provenance(options.commit),
-        "system": system(),
-        "gpu": {"name": torch.cuda.get_device_name(0)},
-        "models": [],
-    }
-    stem = f"{datetime.now(UTC):%Y-%m-%d-%H%M}-{result['gpu']['name'].lower().replace(' ', '-')}"
-    path = options.output or RESULTS / f"{stem}-baselines.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name(0)
+    path = options.output or new_path(gpu, "baselines")
+    result = {**begin("baselines", options.commit), "gpu": {"name": gpu}, "models": []}
     for shape in options.shapes.split(","):
         result["models"].append(measure(shape, options.rounds, options.without.split(",")))
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        save(path, result)
         print(json.dumps(shown(result["models"][-1]), indent=1), flush=True)
     if not all(model["checks"]["passed"] for model in result["models"]):
         raise SystemExit("a check failed; see the file")

@@ -15,18 +15,15 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from statistics import median
-from typing import Any
 
 from compare_llama_cpp import (
-    RESULTS,
-    file_stem,
+    begin_beside,
     gguf_file,
     parse_arguments,
-    peer_version,
     run_flashformer,
     run_llama_bench,
 )
-from flashformer.serve.benchmark.provenance import provenance, system
+from result_file import new_path, save
 
 LOOP = "while True: pass"
 
@@ -36,14 +33,8 @@ def main() -> None:
     options = parse_arguments(__doc__)
     weight_format = options.formats.split(",")[0]
     options.prompt = 0
-    result: dict[str, Any] = {
-        "schema": 1,
-        "kind": "neighbour",
-        "peer": {"name": "llama.cpp", "version": peer_version(options.llama_bench)},
-        **provenance(),
-        "system": system(),
-        "model": {"name": options.shape, "weights": "random"},
-        "threads": options.threads,
+    result = {
+        **begin_beside("neighbour", options),
         "format": weight_format,
         "neighbour": f"python -c '{LOOP}' on the first core",
         "samples": samples(options, weight_format),
@@ -52,8 +43,9 @@ def main() -> None:
         engine: median(found["beside"]) / median(found["alone"])
         for engine, found in result["samples"].items()
     }
-    path = options.output or RESULTS / f"{file_stem(result)}-neighbour.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    what = f"{options.shape}-vs-llama.cpp-neighbour"
+    path = options.output or new_path(result["system"]["cpu"], what)
+    save(path, result)
     print(json.dumps(result["kept"]), path, sep="\n")
 
 

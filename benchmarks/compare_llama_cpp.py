@@ -12,39 +12,27 @@ import json
 import os
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
-from flashformer.serve.benchmark.provenance import provenance, system
 from random_gguf import write_gguf
+from result_file import begin, new_path, save
 
-RESULTS = Path(__file__).parent / "results"
 PEER_FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
 def main() -> None:
     """Measure every format in turns and write one result file."""
     options = parse_arguments(__doc__)
-    result: dict[str, Any] = {
-        "schema": 1,
-        "kind": "comparison",
-        "peer": {"name": "llama.cpp", "version": peer_version(options.llama_bench)},
-        **provenance(),
-        "system": system(),
-        "model": {"name": options.shape, "weights": "random"},
-        "threads": options.threads,
-        "pairs": [],
-    }
+    result = {**begin_beside("comparison", options), "pairs": []}
     for weight_format in options.formats.split(","):
         result["pairs"].append(compare(options, weight_format))
         print(json.dumps(result["pairs"][-1]["ratio"]), flush=True)
-    path = options.output or RESULTS / f"{file_stem(result)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = options.output or new_path(result["system"]["cpu"], f"{options.shape}-vs-llama.cpp")
+    save(path, result)
     print(path)
 
 
@@ -61,6 +49,16 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("-r", "--rounds", type=int, default=3)
     parser.add_argument("-o", "--output", type=Path)
     return parser.parse_args()
+
+
+def begin_beside(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A result of ours and of the peer."""
+    return {
+        **begin(kind),
+        "peer": {"name": "llama.cpp", "version": peer_version(options.llama_bench)},
+        "model": {"name": options.shape, "weights": "random"},
+        "threads": options.threads,
+    }
 
 
 def compare(options: argparse.Namespace, weight_format: str) -> dict[str, Any]:
@@ -136,12 +134,6 @@ def peer_version(program: Path) -> str:
     done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).strip().splitlines()
     return next((line for line in lines if "version" in line), lines[0] if lines else "unknown")
-
-
-def file_stem(result: dict[str, Any]) -> str:
-    """Date, processor and shape: what tells result files apart."""
-    cpu = "-".join(result["system"]["cpu"].replace("(R)", "").split()[:3]).lower()
-    return f"{datetime.now(UTC):%Y-%m-%d-%H%M}-{cpu}-{result['model']['name']}-vs-llama.cpp"
 
 
 if __name__ == "__main__":

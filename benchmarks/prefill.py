@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,11 +24,11 @@ from flashformer.backends.cuda.random_image import random_image
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import PlanOptions, make_plan
-from flashformer.serve.benchmark.provenance import COMMIT_HELP, provenance, system
+from flashformer.serve.benchmark.provenance import COMMIT_HELP
 from flashformer.serve.benchmark.steps import Steps
 from prefill_checks import checks
+from result_file import begin, new_path, save
 
-RESULTS = Path(__file__).parent / "results"
 Pair = tuple[torch.cuda.Event, torch.cuda.Event]
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "unpack": [(KernelOps, "unpack")],
@@ -45,22 +44,12 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 def main() -> None:
     """Measure every shape and chunk and write one result file."""
     options = parse_arguments()
-    result: dict[str, Any] = {
-        "schema": 1,
-        "kind": "prefill",
-        **provenance(options.commit),
-        "system": system(),
-        "gpu": gpu(),
-        "models": [
-            measure_model(shape, rows, options)
-            for shape in options.shapes.split(",")
-            for rows in numbers(options.rows)
-        ],
-    }
-    stem = f"{datetime.now(UTC):%Y-%m-%d-%H%M}-{result['gpu']['name'].lower().replace(' ', '-')}"
-    path = options.output or RESULTS / f"{stem}-prefill.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    result = {**begin("prefill", options.commit), "gpu": gpu(), "models": []}
+    path = options.output or new_path(result["gpu"]["name"], "prefill")
+    for shape in options.shapes.split(","):
+        for rows in numbers(options.rows):
+            result["models"].append(measure_model(shape, rows, options))
+            save(path, result)
     print(path)
     if not all(model["checks"]["passed"] for model in result["models"]):
         raise SystemExit("a check failed; see the file")

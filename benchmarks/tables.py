@@ -3,13 +3,11 @@
 python benchmarks/tables.py [--check]
 """
 
-import argparse
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from generated import between_marks
+from generated import between_marks, load_results, rewrite
 from roofline import roofline
 
 ROOT = Path(__file__).parent.parent
@@ -47,27 +45,13 @@ ABLATION = (
 
 
 def main() -> None:
-    """Rewrite the README, or with --check only say whether it is up to date."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
-    arguments = parser.parse_args()
+    """Rewrite the README and the picture, or with --check only say whether they are up to date."""
     results = load_results(RESULTS)
     readme = ROOT / "README.md"
     made = {readme: with_tables(readme.read_text(), results)}
     if picture := roofline(results):
         made[PICTURE] = picture
-    if arguments.check:
-        raise SystemExit(any(not p.exists() or p.read_text() != t for p, t in made.items()))
-    for path, text in made.items():
-        path.write_text(text)
-
-
-def load_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result file with its name, oldest first."""
-    return [
-        {**json.loads(path.read_text()), "file": path.name}
-        for path in sorted(folder.glob("*.json"))
-    ]
+    rewrite(made, __doc__)
 
 
 def with_tables(readme: str, results: list[dict[str, Any]]) -> str:

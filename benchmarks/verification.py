@@ -3,12 +3,11 @@
 python benchmarks/verification.py [--check]
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from generated import between_marks, rewrite
+from generated import between_marks, load_results, rewrite
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "verification"
@@ -17,17 +16,12 @@ DOCUMENT = ROOT / "docs" / "verification.md"
 
 def main() -> None:
     """Rewrite the page, or with --check only say whether it is up to date."""
-    rewrite(DOCUMENT, lambda page: with_tables(page, load_results()), __doc__)
-
-
-def load_results() -> list[dict[str, Any]]:
-    """Every result file with its name, newest first."""
-    found = [{**json.loads(p.read_text()), "file": p.name} for p in RESULTS.glob("*.json")]
-    return sorted(found, key=lambda result: str(result["date"]), reverse=True)
+    found = sorted(load_results(RESULTS), key=lambda result: str(result["date"]), reverse=True)
+    rewrite({DOCUMENT: with_tables(DOCUMENT.read_text(), found)}, __doc__)
 
 
 def with_tables(page: str, results: list[dict[str, Any]]) -> str:
-    """The page with the text between the two marks replaced."""
+    """The page with the tables of the newest of some results, which come newest first."""
     lines = "\n".join([*tests(results), *tools(results), *compiled(results)])
     return between_marks(page, f"{lines or 'No results yet.'}\n")
 

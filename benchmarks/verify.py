@@ -25,8 +25,9 @@ from flashformer.codegen.cuda_header import render_cuda
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import PlanOptions, make_plan
-from flashformer.serve.benchmark.provenance import COMMIT_HELP, provenance, system
+from flashformer.serve.benchmark.provenance import COMMIT_HELP
 from record_tests import UNFINISHED, read_tests
+from result_file import begin, save
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -59,24 +60,23 @@ def main() -> None:
     if arguments.merge:
         parts = [json.loads(path.read_text()) for path in arguments.merge]
         raise SystemExit(finish(merged(parts), arguments.output))
-    where_from = provenance(arguments.commit)
     if arguments.compile:
-        found = {"schema": 1, "kind": "compiled", **where_from, "compiled": run_compiles()}
-        write(arguments.output, found)
+        found = {**begin("compiled", arguments.commit), "compiled": run_compiles()}
+        save(arguments.output, found)
         raise SystemExit(any(row["spill_bytes"] for row in found["compiled"]))
     device = find_device()
-    machine = {"gpu": device.name, "arch": device.arch, "num_sms": device.num_sms, **system()}
-    found = {"schema": 1, "kind": "verification", **where_from, "machine": machine}
-    found |= {"tests": [], "tools": []}
+    machine = {"gpu": device.name, "arch": device.arch, "num_sms": device.num_sms}
+    found = begin("verification", arguments.commit)
+    found |= {"machine": machine, "tests": [], "tools": []}
     ends = time.monotonic() + arguments.limit
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was found so far is written
     try:
         for file in names(arguments.tests):
             run_tests(file, arguments.keyword, ends, found["tests"])
-            write(arguments.output, found)
+            save(arguments.output, found)
         for tool in run_tools(names(arguments.tools), ends):
             found["tools"].append(tool)
-            write(arguments.output, found)
+            save(arguments.output, found)
     finally:
         ran = [tool["tool"] for tool in found["tools"]]
         found["left_out"] = [tool for tool in names(arguments.tools) if tool not in ran]
@@ -111,28 +111,21 @@ def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     tests = {key: t for key, t in tests.items() if key[1] != WHOLE_FILE or key[0] not in ran}
     tools = {tool["tool"]: tool for part in parts for tool in part["tools"]}
     left_out = {tool for part in parts for tool in part["left_out"]} - set(tools)
-    runs = [{key: part[key] for key in ("date", "command", "git", "machine")} for part in parts]
+    told = ("date", "command", "git", "system", "machine")
+    runs = [{key: part[key] for key in told} for part in parts]
     found = {"tests": list(tests.values()), "tools": list(tools.values())}
     return {**parts[-1], **found, "left_out": sorted(left_out), "runs": runs}
 
 
 def finish(found: dict[str, Any], output: Path) -> int:
     """Write the file, say what is wrong, and the exit code of that."""
-    write(output, found)
+    save(output, found)
     bad = [f"{t['name']} ({t['outcome']})" for t in found["tests"] if t["outcome"] in WRONG]
     bad += [tool["tool"] for tool in found["tools"] if not tool["clean"]]
     bad += [f"{tool} (not started)" for tool in found["left_out"]]
     number = f"{len(found['tests'])} tests and {len(found['tools'])} sanitizers"
     print(f"of {number} not content: {', '.join(bad)}" if bad else f"{number} are content")
     return int(bool(bad))
-
-
-def write(path: Path, value: dict[str, Any]) -> None:
-    """One result file, whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    beside.replace(path)
 
 
 def run_compiles() -> list[dict[str, Any]]:

@@ -3,12 +3,11 @@
 python benchmarks/waterfall.py [--check]
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from generated import between_marks, rewrite
+from generated import between_marks, load_results, rewrite
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "profile"
@@ -17,13 +16,13 @@ DOCUMENT = ROOT / "docs" / "waterfall.md"
 
 def main() -> None:
     """Rewrite the page, or with --check only say whether it is up to date."""
-    rewrite(DOCUMENT, lambda page: with_tables(page, load_results()), __doc__)
+    rewrite({DOCUMENT: with_tables(DOCUMENT.read_text(), newest_of_each())}, __doc__)
 
 
-def load_results() -> list[dict[str, Any]]:
+def newest_of_each() -> list[dict[str, Any]]:
     """The newest timeline of everything that was recorded."""
-    found = [{**json.loads(p.read_text()), "file": p.name} for p in RESULTS.glob("*.json")]
-    newest = {result["what"]: result for result in sorted(found, key=lambda r: str(r["date"]))}
+    found = sorted(load_results(RESULTS), key=lambda result: str(result["date"]))
+    newest = {result["what"]: result for result in found}
     return [newest[what] for what in sorted(newest)]
 
 

@@ -43,6 +43,7 @@ PART = {
     "date": "2026-01-01",
     "command": ["python"],
     "git": None,
+    "system": {"cpu": "EPYC"},
     "machine": {"gpu": "H200"},
     "tools": [],
     "left_out": [],
