@@ -51,7 +51,8 @@ class Browsing:
         """Close every page; nothing may be left of them."""
         for context in self._chromium.contexts:
             context.close()
-        assert not self.problems
+        problems, self.problems = self.problems, []
+        assert not problems
         assert self.serving.wait_idle()
 
     def _note(self, text):
@@ -64,7 +65,7 @@ def browsing():
     """A browser and a server with the default model on the CPU."""
     with Serving(CPU, ENDPOINTS) as serving, sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield lambda: Browsing(chromium, serving)
+        yield Browsing(chromium, serving)
         chromium.close()
 
 

@@ -3,10 +3,14 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from checkpoints import make_checkpoint
+
+if TYPE_CHECKING:
+    from browsing import Browsing
 
 # Tests never reach the network, and one process does not take every core.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,3 +37,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[variant]
 
     return folder_of
+
+
+@pytest.fixture(scope="module")
+def _browser() -> "Iterator[Browsing]":
+    """A browser and a server, for all tests of a file."""
+    from browsing import browsing  # it takes long, and few files need it
+
+    with browsing() as found:
+        yield found
+
+
+@pytest.fixture
+def pages(_browser: "Browsing") -> "Iterator[Browsing]":
+    """`pages.open()` -> the server's page; nothing may have gone wrong in it, or be left of it."""
+    yield _browser
+    _browser.close()

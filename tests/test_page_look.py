@@ -5,22 +5,9 @@ import json
 import pytest
 from playwright.sync_api import expect
 
-from browsing import browsing, choose, needs_browser, sample, send, tell, wait_for_end
+from browsing import choose, needs_browser, sample, send, tell, wait_for_end
 
 pytestmark = needs_browser
-
-
-@pytest.fixture(scope="module")
-def opened():
-    with browsing() as found:
-        yield found
-
-
-@pytest.fixture
-def pages(opened):
-    found = opened()
-    yield found
-    found.close()
 
 
 def test_the_machine_s_stages_are_drawn_in_a_token_s_order(pages):

@@ -10,7 +10,6 @@ from browsing import (
     PROMPT,
     SECONDS,
     answers,
-    browsing,
     choose,
     delta,
     needs_browser,
@@ -25,19 +24,6 @@ from serving import TINY, Serving, wait_until
 KEY = "correct-horse-battery"
 LOUD = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
 pytestmark = needs_browser
-
-
-@pytest.fixture(scope="module")
-def opened():
-    with browsing() as found:
-        yield found
-
-
-@pytest.fixture
-def pages(opened):
-    found = opened()
-    yield found
-    found.close()
 
 
 def test_an_answer_is_the_server_s_own_text(pages):
