@@ -44,19 +44,22 @@ def link(result: dict[str, Any]) -> str:
 
 
 def tests(results: list[dict[str, Any]]) -> Iterator[str]:
-    """Every test of the newest run of tests."""
-    result = newest(results, "tests")
-    if result is None:
-        return
-    passed = sum(test["outcome"] == "passed" for test in result["tests"])
-    yield f"**Tests on the GPU** ({source(result)}; {link(result)}): {passed} of "
-    yield f"{len(result['tests'])} passed."
-    yield ""
-    yield from ("| test | outcome | seconds |", "|---|---|---:|")
-    for test in result["tests"]:
-        name = test["name"].removeprefix("test_").replace("_", " ").replace("|", " ")
-        yield f"| {name} | {test['outcome']} | {test['seconds']:.1f} |"
-    yield ""
+    """Every test file's newest run."""
+    told: set[str] = set()
+    for result in results:
+        run = [test for test in result.get("tests", []) if test["file"] not in told]
+        if not run:
+            continue
+        told |= {test["file"] for test in run}
+        passed = sum(test["outcome"] == "passed" for test in run)
+        yield f"**Tests on the GPU** ({source(result)}; {link(result)}): {passed} of "
+        yield f"{len(run)} passed."
+        yield ""
+        yield from ("| test | outcome | seconds |", "|---|---|---:|")
+        for test in run:
+            name = test["name"].removeprefix("test_").replace("_", " ").replace("|", " ")
+            yield f"| {name} | {test['outcome']} | {test['seconds']:.1f} |"
+        yield ""
 
 
 def tools(results: list[dict[str, Any]]) -> Iterator[str]:

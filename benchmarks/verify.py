@@ -41,8 +41,8 @@ PYTEST_RAN = (0, 1, 5)  # all well, tests failed, no test was asked for
 WHOLE_FILE = "(the whole file)"
 VERSION_SECONDS = 60.0
 SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: (.*)$", re.MULTILINE)
-REPORT = re.compile(r"^========= (?!COMPUTE-SANITIZER)(\S.*)$", re.MULTILINE)
-KEPT_REPORTS = 20
+REPORT = re.compile(r"^========= +(?!COMPUTE-SANITIZER|Host Frame)(\S.*)$", re.MULTILINE)
+KEPT_REPORTS = 200  # lines
 # Opt-in shared memory of one CTA: CUDA C++ programming guide, table "technical specifications".
 DEVICES = {
     "sm_80": Device("A100", 8, 0, 108, 163 << 10, cooperative=True),

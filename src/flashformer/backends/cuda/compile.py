@@ -58,7 +58,8 @@ def compile_kernel(
     def build(folder: Path) -> None:
         if name == "decode":
             check_program(build_program(plan))
-        cubin = build_cubin(header, name, plan.machine.arch)
+        watched = instruments.every_lane_arrives
+        cubin = build_cubin(header, name, plan.machine.arch, lines=watched)
         (folder / "config.h").write_text(header)
         (folder / "resources.json").write_text(json.dumps(asdict(cubin.resources)))
         (folder / "kernel.cubin").write_bytes(cubin.code)
@@ -68,10 +69,13 @@ def compile_kernel(
     return Cubin((folder / "kernel.cubin").read_bytes(), resources)
 
 
-def build_cubin(header: str, name: str, arch: str, folder: Path | None = None) -> Cubin:
+def build_cubin(
+    header: str, name: str, arch: str, folder: Path | None = None, *, lines: bool = False
+) -> Cubin:
     """Compile `name`.cu with `header` as config.h and all of kernel/ beside it.
 
-    `folder`: where it lies (default: kernel/). Raises `CompileError`.
+    `folder`: where it lies (default: kernel/). `lines`: sanitizers can name lines of the source.
+    Raises `CompileError`.
     """
     from cuda.bindings import nvrtc
 
@@ -84,6 +88,7 @@ def build_cubin(header: str, name: str, arch: str, folder: Path | None = None) -
     )
     _check(status)
     options = [f"--gpu-architecture={arch}", "--std=c++20", "--ptxas-options=-v"]
+    options += ["--generate-line-info"] * lines
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
     text = log.rstrip(b"\0").decode(errors="replace").strip()
