@@ -1,8 +1,10 @@
 """Bad input: one sentence on stderr, the right exit code, nothing half-written."""
 
 import json
+import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -125,6 +127,8 @@ def test_a_folder_that_does_not_exist_is_named(cli):
         (("-n", "many"), "-n"),
         (("--stop", ""), "stop"),
         (("--quant", "int3"), "int3"),
+        (("--quant", "fp8", "--device", "cpu"), "int8, int4, int4g128"),
+        (("--threads", "many"), "flashformer run --help"),
         (("--device", "abacus"), "abacus"),
         (("--threads", "0"), "threads"),
         (("--no-such-flag",), "--no-such-flag"),
@@ -151,6 +155,8 @@ def test_no_verb_shows_the_help_and_no_prompt_or_an_unknown_verb_is_wrong_use(cl
         (("-o", "xml"), "xml"),
         (("--quant", "int5"), "int5"),
         (("--model-shape", "gpt-9"), "gpt-9"),
+        (("--save", "/proc/nowhere/result.json"), "/proc/nowhere/result.json"),
+        (("--save", "/"), "--save / cannot"),
     ],
 )
 def test_a_wrong_flag_of_bench_is_named(cli, flags, named):
@@ -213,6 +219,41 @@ def test_a_full_disk_behind_stdout_is_an_error(cli, checkpoint):
     assert done.returncode == RUNTIME
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", [("run", "-"), ("chat",)])
+def test_bytes_that_are_no_text_are_refused(cli, verb):
+    program = [sys.executable, "-m", "flashformer", *verb, *REFERENCE]
+    done = subprocess.run(program, input=b"\xff", capture_output=True, timeout=60, check=False)
+    assert done.returncode == USAGE
+    assert b"error: standard input is no UTF-8 text" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_is_nowhere(cli, checkpoint, closed):
+    program = [sys.executable, "-m", "flashformer", "run", "-", "-n", "2", *REFERENCE]
+    program += ["--model", str(checkpoint("llama"))]
+    line = f"echo a stage | (exec {shlex.join(program)} {closed})"
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_text_is_utf_8_in_any_locale(cli, checkpoint):
+    program = [sys.executable, "-m", "flashformer", "run", "-", "-n", "1", "--json", *REFERENCE]
+    program += ["--model", str(checkpoint("llama"))]
+    found = [
+        subprocess.run(
+            program,
+            input="hé".encode(),
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            timeout=60,
+            check=True,
+        ).stdout.decode()
+        for encoding in ("utf-8", "ascii", "latin-1")
+    ]
+    ids = [json.loads(text)["token_ids"] for text in found]
+    assert ids[0] == ids[1] == ids[2]
 
 
 def test_a_model_that_does_not_fit_says_which_option_would(cli, folder, monkeypatch):

@@ -158,8 +158,14 @@ def test_a_file_is_not_taken_for_a_folder(checkpoint):
     refused(checkpoint("llama") / "config.json", "is a file")
 
 
-def test_an_empty_folder_lacks_a_config(tmp_path):
-    refused(tmp_path, "config.json")
+def test_an_empty_folder_is_refused(tmp_path):
+    refused(tmp_path, "no weights")
+
+
+def test_weights_without_a_config_are_refused(tmp_path, checkpoint):
+    folder = copy(checkpoint("llama"), tmp_path / "c")
+    (folder / "config.json").unlink()
+    refused(folder, "no file config.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\ud800", "[" * 100_000, '{"a": 1e999999'])
@@ -200,6 +206,12 @@ def test_dangling_and_circular_links_are_refused(tmp_path, checkpoint):
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors").symlink_to(target)
         refused(folder, "model.safetensors")
+
+
+def test_a_gguf_file_is_refused_as_such_alone_and_in_a_folder_without_a_config(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    refused(tmp_path / "model.gguf", "GGUF")
+    refused(tmp_path, "GGUF")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("m.gguf", "GGUF"), ("pytorch_model.bin", "pickled")])

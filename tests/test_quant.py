@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from flashformer.errors import PlanError
+from flashformer.errors import PlanError, UsageError
 from flashformer.quant.decode import decode
 from flashformer.quant.encode import CODE_DTYPES, encode, widen
 from flashformer.quant.formats import CHOICES, FORMATS, TILE_ROWS
@@ -215,11 +215,15 @@ def test_a_fragment_holds_the_a_operand_of_each_lane_in_16_bytes():
     ("layout", "name", "word"),
     [
         ("fragment", "f32", "16 bits"),
-        ("panel", "fp8", "--device cuda"),
+        ("panel", "fp8", "choose one of int8, int4, int4g128, or run it with --device cuda"),
         ("panel", "int4g64z", "--device cuda"),
-        ("spiral", "bf16", "unknown"),
     ],
 )
 def test_a_layout_that_cannot_hold_a_format_is_refused(layout, name, word):
-    with pytest.raises(PlanError, match=word):
+    with pytest.raises(UsageError, match=word):
         check_layout(FORMATS[name], layout)
+
+
+def test_a_layout_that_does_not_exist_is_refused():
+    with pytest.raises(PlanError, match="unknown"):
+        check_layout(FORMATS["bf16"], "spiral")

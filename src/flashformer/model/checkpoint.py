@@ -52,11 +52,11 @@ class Checkpoint:
         Raises `CheckpointError` for anything missing, damaged or outside the folder.
         """
         folder = find_folder(path_or_hub_id)
+        names = _weight_files(folder)  # first: other formats come without a config.json
         config = read_json(folder, "config.json", MAX_CONFIG_BYTES)
         generation_config: dict[str, Any] = {}
         if os.path.lexists(folder / "generation_config.json"):
             generation_config = read_json(folder, "generation_config.json", MAX_CONFIG_BYTES)
-        names = _weight_files(folder)
         opened = {name: open_safetensors(member(folder, name)) for name in sorted(names)}
         file_of = {
             tensor: opened[name] for name, tensors in names.items() for tensor in tensors
@@ -123,7 +123,11 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     except (OSError, RuntimeError):  # a name that is too long, a home that is unknown
         exists = False
     if exists:
-        raise CheckpointError(f"{text} is a file; expected the folder that holds config.json.")
+        is_gguf = folder.suffix == ".gguf"
+        kind = "a GGUF file, which FlashFormer does not read" if is_gguf else "a file"
+        raise CheckpointError(
+            f"{text} is {kind}; expected the folder that holds config.json and safetensors."
+        )
     if not HUB_ID.fullmatch(text):
         raise CheckpointError(
             f"There is no folder {quote(text)}; expected a checkpoint's folder or a hub id such as "

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashformer.errors import PlanError
+from flashformer.errors import PlanError, UsageError
 from flashformer.quant.encode import CODE_DTYPES
-from flashformer.quant.formats import COMPACT, QUANTS, TILE_ROWS, Format
+from flashformer.quant.formats import QUANTS, TILE_ROWS, Format
 
 Bytes = npt.NDArray[np.uint8]
 LAYOUTS = ("rows", "panel", "fragment")
@@ -37,17 +37,17 @@ INT4_SIGNS = 0x88  # of the two codes of a byte
 
 
 def check_layout(weight_format: Format, layout: str) -> None:
-    """Raise `PlanError` if `layout` does not exist or cannot hold `weight_format`."""
+    """Raise `UsageError` if `layout` cannot hold `weight_format`, `PlanError` if there is none."""
     if layout not in LAYOUTS:
         raise PlanError(f"Layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
     if layout == "fragment" and weight_format.bits > 16:
-        raise PlanError(
+        raise UsageError(
             f"A GPU multiplies formats of at most 16 bits, not {weight_format.name}; "
             "choose bf16 or f16."
         )
     if layout == "panel" and weight_format.name not in PANEL_FORMATS:
-        known = ", ".join(name for name in PANEL_FORMATS if name != COMPACT)
-        raise PlanError(
+        known = ", ".join(quants_of(layout))
+        raise UsageError(
             f"The CPU kernel cannot multiply {weight_format.name}; choose one of {known}, or run "
             "it with --device cuda."
         )

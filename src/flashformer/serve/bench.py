@@ -39,14 +39,21 @@ Shape = Annotated[
     str | None,
     typer.Option("--model-shape", help="Random weights in the shape of: " + ", ".join(SHAPES)),
 ]
-Prompts = Annotated[str, typer.Option("-p", help="Prompt lengths; 0 for none.")]
-Generations = Annotated[str, typer.Option("-n", help="Tokens to generate; 0 for none.")]
-Depths = Annotated[str, typer.Option("-d", help="Positions that a sequence already holds.")]
-Batches = Annotated[str, typer.Option("-b", help="Sequences in a step.")]
+Prompts = Annotated[str, typer.Option("-p", help="Prompt lengths, with commas; 0 for none.")]
+Generations = Annotated[
+    str, typer.Option("-n", help="Tokens to generate, with commas; 0 for none.")
+]
+Depths = Annotated[
+    str, typer.Option("-d", help="Positions that a sequence already holds, with commas.")
+]
+Batches = Annotated[str, typer.Option("-b", help="Sequences in a step, with commas.")]
 Repeats = Annotated[int, typer.Option("-r", min=1, help="Rounds.")]
 Formats = Annotated[
     str | None,
-    typer.Option("--quant", help="Weight formats: " + ", ".join(CHOICES) + ". Default: as stored."),
+    typer.Option(
+        "--quant",
+        help="Weight formats, with commas: " + ", ".join(CHOICES) + ". Default: as stored.",
+    ),
 ]
 Output = Annotated[str, typer.Option("-o", "--output", help=" or ".join(OUTPUTS))]
 Suite = Annotated[
@@ -84,6 +91,8 @@ def bench(
     """Measure prompts and decoding, and say which share of the machine's bandwidth they reach."""
     if output not in OUTPUTS:
         raise UsageError(f"-o takes {', '.join(OUTPUTS)}, not {output!r}")
+    if save is not None:
+        check_file(save)  # before minutes of measuring
     where_from = provenance(commit)
     as_json = as_json or output == "json"
     if suite is not None:
@@ -153,9 +162,20 @@ def run_suite(
         raise typer.Exit(1)
 
 
+def check_file(path: Path) -> None:
+    """Raise `UsageError` if a result file cannot be written; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--save {path}: the folder cannot be made: {error.strerror}; choose another"
+        ) from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--save {path} cannot be written; name a file in a folder of yours")
+
+
 def write_file(path: Path, document: dict[str, Any]) -> None:
-    """A result file; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A result file."""
     path.write_text(json.dumps(finite(document), indent=1, ensure_ascii=False) + "\n")
 
 

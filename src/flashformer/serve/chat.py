@@ -15,7 +15,7 @@ from flashformer.serve import options
 from flashformer.serve.answer import Answer, Interrupt, collect, sampling_params, write_text
 from flashformer.serve.load import LoadOptions, load_llm
 from flashformer.serve.speed import measure_speed
-from flashformer.serve.terminal import Terminal, write_json
+from flashformer.serve.terminal import Terminal, no_text, write_json
 
 HELP = """\
 /reset  forget the conversation
@@ -134,6 +134,8 @@ def _lines(terminal: Terminal) -> Iterator[str]:
             continue
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise no_text(error) from None
         if not interactive and not line:
             return
         if line.strip():

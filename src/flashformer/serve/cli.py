@@ -14,7 +14,7 @@ import typer
 
 from flashformer import __version__
 from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK, failure_of, report
-from flashformer.serve.terminal import Terminal
+from flashformer.serve.terminal import Terminal, open_streams
 
 VERBS = {  # verb -> (module of this package, its function or the app of its own verbs)
     "run": ("run", "run"),
@@ -56,6 +56,7 @@ def command_line(verbs: Iterable[str]) -> typer.Typer:
         name="flashformer",
         help="Whole-model kernels for low-batch LLM decoding.",
         invoke_without_command=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
         add_completion=True,
         pretty_exceptions_enable=False,
     )
@@ -114,6 +115,7 @@ def _drop_stdout() -> None:
 
 def main() -> None:
     """Entry point of the `flashformer` script."""
+    open_streams()
     if not Terminal(quiet="--quiet" in sys.argv or "-q" in sys.argv).shows_bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(execute(sys.argv[1:]))

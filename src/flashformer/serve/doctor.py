@@ -27,7 +27,7 @@ Bench = Annotated[
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="Say what of this model would fit the GPU."),
+        typer.Argument(metavar="MODEL", help="Say what of this model would fit the GPU."),
     ] = None,
     model_shape: Shape = None,
     batch: Batch = 1,

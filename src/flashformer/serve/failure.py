@@ -35,8 +35,11 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, FlashFormerError):
         return Failure(kind, one_line(str(error)), error.exit_code)
     if hasattr(error, "format_message"):  # the parser's own errors, whichever library raised them
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "flashformer"
         message = one_line(error.format_message()).rstrip(".")
-        return Failure("UsageError", f"{message}; see `flashformer --help`", EXIT_USAGE)
+        cure = f"{' See' if message.endswith('?') else '; see'} `{command} --help`"
+        return Failure("UsageError", message + cure, EXIT_USAGE)
     if isinstance(error, MemoryError):
         message = "out of memory; use a smaller --context or a smaller --quant format"
         return Failure("OutOfMemoryError", message, EXIT_MEMORY)

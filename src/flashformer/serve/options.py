@@ -5,6 +5,10 @@ from typing import Annotated
 import typer
 
 from flashformer.quant.formats import QUANTS
+from flashformer.quant.layout import quants_of
+
+_ON_CPU = quants_of("panel")
+_ON_GPU = [name for name in QUANTS if name not in _ON_CPU]
 
 Model = Annotated[
     str | None,
@@ -18,7 +22,7 @@ Model = Annotated[
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         envvar="FLASHFORMER_MODEL",
         help="Checkpoint folder or hub id. Default: the small embedded model.",
     ),
@@ -31,7 +35,8 @@ Quant = Annotated[
     str | None,
     typer.Option(
         envvar="FLASHFORMER_QUANT",
-        help="Store the weights as " + ", ".join(QUANTS) + ". Default: as in the checkpoint.",
+        help=f"Store the weights as {', '.join(_ON_CPU)}, on a GPU also {', '.join(_ON_GPU)}. "
+        "Default: as in the checkpoint.",
     ),
 ]
 Context = Annotated[

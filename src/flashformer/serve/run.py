@@ -10,16 +10,18 @@ from typing import Annotated
 
 import typer
 
-from flashformer.errors import UsageError
 from flashformer.serve import options
 from flashformer.serve.answer import collect, sampling_params, write_text
 from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK
 from flashformer.serve.first_run import compile_in_background, quick_start
 from flashformer.serve.load import LoadOptions, load_llm
 from flashformer.serve.speed import measure_speed
-from flashformer.serve.terminal import Terminal, write_json
+from flashformer.serve.terminal import Terminal, no_text, write_json
 
-Prompt = Annotated[str, typer.Argument(help="The text to continue; `-` reads standard input.")]
+Prompt = Annotated[
+    str,
+    typer.Argument(metavar="PROMPT", help="The text to continue; `-` reads standard input."),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")]
 
 
@@ -88,4 +90,4 @@ def read_prompt(prompt: str) -> str:
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is no UTF-8 text ({error.reason})") from None
+        raise no_text(error) from None

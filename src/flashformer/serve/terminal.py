@@ -9,10 +9,35 @@ import sys
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Self
+
+from flashformer.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+
+def open_streams() -> None:
+    """Make text go in and out as UTF-8, whatever the locale; a closed stream is a null device.
+
+    A stream that stayed closed would leave its number to the next file that is opened.
+    """
+    for name, mode, errors in (
+        ("stdin", "r", "strict"),
+        ("stdout", "w", "surrogateescape"),  # of paths that are no UTF-8
+        ("stderr", "w", "backslashreplace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def no_text(error: UnicodeDecodeError) -> UsageError:
+    """What a user is told whose standard input is no text."""
+    return UsageError(f"standard input is no UTF-8 text ({error.reason})")
 
 
 def one_line(text: str) -> str:
