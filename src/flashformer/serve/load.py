@@ -40,7 +40,7 @@ class LoadOptions:
 def load_llm(options: LoadOptions, terminal: Terminal) -> LLM:
     """Load the model with progress bars; says so if it is the embedded default."""
     if options.model is None:
-        terminal.note(EMBEDDED)
+        terminal.note_once(EMBEDDED)
     llm = LLM(
         options.model,
         device=options.device,

@@ -72,6 +72,7 @@ class Terminal:
 
     quiet: bool = False
     _warnings: "AbstractContextManager[object]" = field(default_factory=warnings.catch_warnings)
+    _told: set[str] = field(default_factory=set)
     _bars: "Progress | None" = None
     _tasks: "dict[str, TaskID]" = field(default_factory=dict)
 
@@ -96,6 +97,12 @@ class Terminal:
         self.clear()
         sys.stderr.write(one_line(text) + "\n")
         sys.stderr.flush()
+
+    def note_once(self, text: str) -> None:
+        """Tell something that would be true again and again."""
+        if text not in self._told:
+            self._told.add(text)
+            self.note(text)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Draw `done` of `total` of the job called `what`; the engine calls it while it loads."""
