@@ -1,6 +1,7 @@
 """The first run answers at once with the reference backend; the kernel is compiled behind it."""
 
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from command_line import CommandLine
 from flashformer.serve import first_run
@@ -29,6 +30,12 @@ def _no_gpu(monkeypatch):
     monkeypatch.setattr("flashformer.backends._has_gpu", lambda: False)
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    with threadpool_limits(2, user_api="blas"):
+        yield
+
+
 def test_the_first_run_answers_before_the_kernel_is_compiled(cli, started):
     first = cli("run", "def f(", "-n", 4)
     assert first.code == 0
@@ -39,6 +46,12 @@ def test_the_first_run_answers_before_the_kernel_is_compiled(cli, started):
     second = cli("run", "def f(", "-n", 4)
     assert "reference backend" not in second.err
     assert len(started) == 1
+
+
+def test_the_first_answer_keeps_to_one_thread_which_a_busy_core_does_not_hold_up(cli, started):
+    cli("run", "def f(", "-n", 1)
+    libraries = [entry for entry in threadpool_info() if entry["user_api"] == "blas"]
+    assert {entry["num_threads"] for entry in libraries} == {1}
 
 
 def test_without_a_compiler_the_embedded_model_still_answers(cli, started, monkeypatch):

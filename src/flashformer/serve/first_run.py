@@ -36,16 +36,21 @@ def quick_start(options: LoadOptions, terminal: Terminal) -> Start:
     plan = plan_of(options)
     if plan.machine.kind != "cpu":
         return Start(options)
+    from threadpoolctl import threadpool_limits
+
     from flashformer.backends.cpu.compile import kernel_is_ready
 
+    can_compile = True
     try:
         if kernel_is_ready(plan):
             return Start(options)
         terminal.note(NOT_YET)
     except CompileError as error:
         terminal.note(f"the slow reference backend answers. {error}")
-        return Start(replace(options, device="reference"))
-    return Start(replace(options, device="reference"), kernel_is_missing=True)
+        can_compile = False
+    # More threads make products of this size no faster, and five times slower beside other work.
+    threadpool_limits(1, user_api="blas")
+    return Start(replace(options, device="reference"), kernel_is_missing=can_compile)
 
 
 def compile_in_background(options: LoadOptions) -> None:
