@@ -8,7 +8,6 @@ adds in another order, whose logits are compared.
 """
 
 import argparse
-import re
 import time
 from pathlib import Path
 from statistics import median
@@ -19,10 +18,11 @@ import torch
 
 from flashformer.backends.base import Float32, Int32
 from flashformer.backends.cuda import CudaBackend, cuda_machine
+from flashformer.backends.cuda.backend import IN_FLIGHT_BYTES
 from flashformer.backends.cuda.compile import Cubin, build_cubin
 from flashformer.backends.cuda.launch import Kernel
 from flashformer.backends.cuda.random_image import random_image
-from flashformer.codegen.cuda_header import IN_FLIGHT, render_cuda
+from flashformer.codegen.cuda_header import render_cuda
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
@@ -39,7 +39,7 @@ WHOLE = "as it is"
 FFMA = "products by FFMA, not on the tensor cores"
 UNBOUNDED = "every free slot of the ring on its way"
 STEADY = "as many copies on their way however full the ring is"
-# name -> what ablate.cu is told; UNBOUNDED and STEADY are constants of the header
+# name -> what ablate.cu is told; UNBOUNDED and STEADY are arguments of the launch (`use`)
 VARIANTS = {
     WHOLE: "",
     "the ring stops at every stage's end": "ABLATE_RING",
@@ -75,16 +75,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def variant_cubin(plan: Plan, name: str, num_slots: int) -> Cubin:
-    """The decoder for one row with one thing taken out."""
+def variant_cubin(plan: Plan, told: str) -> Cubin:
+    """The decoder for one row with what `told` (a value of VARIANTS) takes out."""
     header = render_cuda(plan, rows=1)
-    if name in (UNBOUNDED, STEADY):
-        copies = num_slots if name == UNBOUNDED else IN_FLIGHT
-        header, found = re.subn(r"(int (full_)?in_flight = )\d+;", rf"\g<1>{copies};", header)
-        assert found == 2
-    if VARIANTS[name]:
-        header = f"#define {VARIANTS[name]}\n{header}"
-    return build_cubin(header, "ablate", plan.machine.arch, HERE)
+    return build_cubin(f"#define {told or 'WHOLE'}\n{header}", "ablate", plan.machine.arch, HERE)
 
 
 def measure(shape: str, rounds: int) -> dict[str, Any]:
@@ -95,20 +89,21 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     backend = CudaBackend(plan, image, 256 // plan.machine.page_tokens)
     steps = Steps.of(backend)
     steps.fill([CASE.depth], lambda *_: None)
-    kernels = {name: kernel(backend, name) for name in VARIANTS}
+    kernels = {told: kernel(backend, told) for told in dict.fromkeys(VARIANTS.values())}
     right = {}
     expected: tuple[Int32, Float32] | None = None
-    for name, variant in kernels.items():
-        backend._kernels[1] = variant
+    for name in VARIANTS:
+        use(backend, name, kernels)
         found = drawn(backend, steps)
         expected = expected or found
         right[name] = is_right(name, found, expected, rounding_of(plan))
-    samples: dict[str, list[float]] = {name: [] for name in kernels}
+    samples: dict[str, list[float]] = {name: [] for name in VARIANTS}
     reads = []
     for _ in range(rounds):
-        for name, variant in kernels.items():
-            backend._kernels[1] = variant
+        for name in VARIANTS:
+            use(backend, WHOLE, kernels)
             reads.append(backend.read_bandwidth(0.05))
+            use(backend, name, kernels)
             started = time.perf_counter()
             steps.run(CASE)
             samples[name].append(1e6 * (time.perf_counter() - started) / CASE.tokens)
@@ -133,10 +128,18 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def kernel(backend: CudaBackend, name: str) -> Kernel:
-    """A variant, loaded."""
+def use(backend: CudaBackend, name: str, kernels: dict[str, Kernel]) -> None:
+    """Let the next steps of one row run a variant."""
+    backend._kernels[1] = kernels[VARIANTS[name]]
+    slots = backend.num_slots(1)
+    steady = IN_FLIGHT_BYTES // backend.plan.machine.slot_bytes
+    backend.in_flight = {UNBOUNDED: (slots, slots), STEADY: (steady, steady)}.get(name)
+
+
+def kernel(backend: CudaBackend, told: str) -> Kernel:
+    """A variant's code, loaded."""
     plan = backend.plan
-    cubin = variant_cubin(plan, name, backend.num_slots(1))
+    cubin = variant_cubin(plan, told)
     found = Kernel(cubin, "decode", THREADS, plan.machine.shared_bytes)
     found.require_one_cta_an_sm(plan.machine.num_ctas)
     return found

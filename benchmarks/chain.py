@@ -16,7 +16,7 @@ from flashformer.backends.base import Int32
 from flashformer.backends.cuda import CudaBackend
 from flashformer.backends.cuda.compile import build_cubin
 from flashformer.backends.cuda.launch import check
-from flashformer.codegen.cuda_header import SLOT_BYTES, render_cuda
+from flashformer.codegen.cuda_header import render_cuda, slot_bytes
 from flashformer.plan.plan import Plan
 from flashformer.quant.formats import TILE_ROWS
 
@@ -75,7 +75,7 @@ class Chain:
 
     def _shared_bytes(self) -> int:
         backend = self._backend
-        return backend.x_bytes(1) + backend.num_slots(1) * SLOT_BYTES
+        return backend.x_bytes(1) + backend.num_slots(1) * slot_bytes(self._plan)
 
     def _captured(self, num_tokens: int) -> torch.cuda.CUDAGraph:
         exchange, packets = self._backend._exchange, self._backend._packet_bytes

@@ -134,7 +134,9 @@ def run_compiles() -> list[dict[str, Any]]:
     for arch, device in DEVICES.items():
         for name, config in MODELS.items():
             spec = ModelSpec.from_hf(config)
-            plan = make_plan(spec, fit_machine(device, spec), PlanOptions(context=2048))
+            machine = fit_machine(device, spec)
+            options = PlanOptions(context=2048, max_batch=machine.max_rows)
+            plan = make_plan(spec, machine, options)
             started = time.perf_counter()
             resources = build_cubin(render_cuda(plan), "decode", arch).resources
             seconds = round(time.perf_counter() - started, 1)

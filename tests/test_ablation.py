@@ -14,9 +14,9 @@ def test_every_variant_compiles_without_spills_and_is_another_kernel():
     spec = ModelSpec.from_hf({**SHAPES["llama-3.2-1b"], "num_hidden_layers": 2})
     device = Device("H200", 9, 0, 132, 227 << 10, cooperative=True)
     plan = make_plan(spec, fit_machine(device, spec), PlanOptions(context=256, max_batch=1))
-    cubins = {name: variant_cubin(plan, name, num_slots=12) for name in VARIANTS}
-    assert all(cubin.resources.spill_bytes == 0 for cubin in cubins.values())
-    assert len({cubin.code for cubin in cubins.values()}) == len(VARIANTS)
+    cubins = [variant_cubin(plan, told) for told in dict.fromkeys(VARIANTS.values())]
+    assert all(cubin.resources.spill_bytes == 0 for cubin in cubins)
+    assert len({cubin.code for cubin in cubins}) == len(cubins) > 3
 
 
 @pytest.mark.parametrize(("name", "right"), [(WHOLE, False), (FFMA, True)])

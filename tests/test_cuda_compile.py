@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
-from flashformer.backends.cuda.compile import build_cubin
-from flashformer.backends.cuda.machine import Device, fit_machine, text_before_zero
-from flashformer.codegen.cuda_header import render_cuda
+from flashformer.backends.cuda.compile import Resources, build_cubin
+from flashformer.backends.cuda.geometry import activation_bytes
+from flashformer.backends.cuda.machine import MIN_SLOTS, Device, fit_machine, text_before_zero
+from flashformer.codegen.cuda_header import render_cuda, slot_bytes
 from flashformer.errors import UnsupportedModelError, UsageError
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
@@ -36,8 +37,13 @@ ODD = {
 
 def plan_for(arch: str, shape: str, body: str = "bf16", head: str = "bf16") -> Plan:
     spec = ModelSpec.from_hf(ODD if shape == "odd" else SHAPES[shape])
-    options = PlanOptions(body, head, context=2048)
-    return make_plan(spec, fit_machine(DEVICES[arch], spec), options)
+    machine = fit_machine(DEVICES[arch], spec)
+    return make_plan(spec, machine, PlanOptions(body, head, 2048, machine.max_rows))
+
+
+def least_shared_bytes(plan: Plan, resources: Resources) -> int:
+    ring = MIN_SLOTS * slot_bytes(plan)
+    return resources.shared_bytes + activation_bytes(plan, plan.machine.max_rows) + ring
 
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "llama-3.2-1b", "odd"])
@@ -51,6 +57,7 @@ def test_the_kernel_compiles_for_every_architecture_without_spills(arch, shape, 
     record_property("registers", resources.registers)
     assert resources.spill_bytes == 0
     assert 0 < resources.registers <= 168  # ten warps share 65536 registers, three on one scheduler
+    assert least_shared_bytes(plan, resources) <= plan.machine.shared_bytes
 
 
 # Body and head; between them every kind of weight, on the oldest and on the newest instructions.
@@ -61,16 +68,40 @@ NARROW = [
     ("sm_90a", "llama-3.1-8b", "fp8", "int4"),
     ("sm_100a", "odd", "int4g64z", "int4"),
     ("sm_120a", "llama-3.2-1b", "fp8", "int8"),
+    ("sm_90a", "llama-3.3-70b", "int4g128", "int8"),
 ]
 
 
 @pytest.mark.parametrize(("arch", "shape", "body", "head"), NARROW)
 def test_narrow_weights_compile_for_every_architecture_without_spills(arch, shape, body, head):
     plan = plan_for(arch, shape, body, head)
-    for rows in (1, 8):
+    for rows in (1, plan.machine.max_rows):
         resources = build_cubin(render_cuda(plan, rows=rows), "decode", arch).resources
         assert resources.spill_bytes == 0, rows
         assert resources.registers <= 168
+    assert least_shared_bytes(plan, resources) <= plan.machine.shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "rows", "slot", "window"),
+    [
+        ("sm_90a", "llama-3.1-8b", 8, 16384, 32768),
+        ("sm_90a", "llama-3.3-70b", 8, 8192, 32768),
+        ("sm_120a", "llama-3.2-1b", 8, 4096, 16384),
+        ("sm_120a", "llama-3.1-8b", 4, 4096, 16384),
+    ],
+)
+def test_shared_memory_holds_as_many_rows_as_leave_the_ring_its_slots(
+    arch, shape, rows, slot, window
+):
+    machine = plan_for(arch, shape).machine
+    assert (machine.max_rows, machine.slot_bytes, machine.window_bytes) == (rows, slot, window)
+
+
+def test_a_row_that_leaves_no_ring_is_refused_with_the_numbers():
+    spec = ModelSpec.from_hf({**SHAPES["llama-3.1-8b"], "hidden_size": 32768})
+    with pytest.raises(UnsupportedModelError, match=r"101376 bytes.*hidden_size 32768 needs \d+"):
+        fit_machine(DEVICES["sm_120a"], spec)
 
 
 def test_two_kinds_of_16_bit_floats_in_one_model_are_refused():

@@ -25,6 +25,8 @@ CUDA_STEP_ARGS = (
     unsigned("wait_limit_ns", "no wait lasts longer", bits=64),
     unsigned("x_bytes", "shared memory of the activations"),
     integer("num_slots", "slots of the ring"),
+    integer("in_flight", "most copies on their way to a CTA"),
+    integer("full_in_flight", "the same while half of the slots wait to be read"),
     integer("num_rows", "tokens of a step"),
     integer("num_steps", "tokens of a row"),
     integer("num_pages", "KV pages of a layer"),

@@ -9,13 +9,6 @@ from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Plan
 from flashformer.quant.formats import FORMATS, TILE_ROWS
 
-# One bulk copy; smaller ones cannot keep the memory busy from one thread. Room for scales beside as
-# many codes makes a tile of 4096 columns two or four slots.
-SLOT_BYTES = 16384
-QUANTISED_SLOT_BYTES = 16384 + 512
-IN_FLIGHT = 4  # copies on their way at once: more only lengthens the queues in the memory system
-FULL_IN_FLIGHT = 2  # while half of the slots wait to be read
-WINDOW_BYTES = 32768  # of activations too wide for shared memory: eight packets a thread
 SAMPLE_SCRATCH_BYTES = 7168  # shared memory of the search for the end of top-k and top-p
 MATRICES = ("qkv", "o_proj", "gate_up", "down")
 VECTORS = (
@@ -141,9 +134,7 @@ def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
         "exchange_scale": F16_EXCHANGE_SCALE if plan.options.format == "f16" else 1.0,
         "residual_tiles": -(-tiles // machine.num_ctas),
         "slot_bytes": slot_bytes(plan),
-        "in_flight": IN_FLIGHT,
-        "full_in_flight": FULL_IN_FLIGHT,
-        "window_bytes": WINDOW_BYTES,
+        "window_bytes": machine.window_bytes,
         "window_tiles": window_tiles(machine.arch),
         "page_tokens": machine.page_tokens,
         "sample_scratch_bytes": SAMPLE_SCRATCH_BYTES,
@@ -156,9 +147,12 @@ def _constants(plan: Plan, layer: LayerSpec) -> dict[str, int | float | bool]:
 
 
 def slot_bytes(plan: Plan) -> int:
-    """Of a slot of the ring."""
+    """Of a slot of the ring.
+
+    Room for scales beside as many codes makes a tile of 4096 columns a power of two of slots.
+    """
     quantised = any(m.weight_format.quantised for m in plan.matrices)
-    return QUANTISED_SLOT_BYTES if quantised else SLOT_BYTES
+    return plan.machine.slot_bytes // 32 * (32 + quantised)
 
 
 def _format_constants(matrices: str, name: str) -> dict[str, int | bool]:

@@ -18,6 +18,8 @@ class Machine:
     prompt_rows: int = 0  # rows of one prompt beside the others of a step; 0: they share max_rows
     compact: bool = False  # bf16 is stored as bf16c, in 12 bits without loss, where it fits
     shared_bytes: int = 0  # shared memory a CTA (cuda)
+    slot_bytes: int = 0  # of the ring, with weights as they are stored (cuda)
+    window_bytes: int = 0  # of activations that do not fit shared memory at once (cuda)
     world: int = 1  # GPUs that share the model
     rank: int = 0  # which of them this is
 

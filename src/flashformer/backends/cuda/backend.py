@@ -16,37 +16,39 @@ from flashformer.backends.base import DecodeRow, Int32, StepBatch, StepResult
 from flashformer.backends.cuda.choices import Choices, row_stride
 from flashformer.backends.cuda.compile import Cubin, compile_kernel
 from flashformer.backends.cuda.flight import Flight
-from flashformer.backends.cuda.geometry import stage_shape
+from flashformer.backends.cuda.geometry import SLOTS_AT_ONCE, activation_bytes
 from flashformer.backends.cuda.launch import Kernel, check
+from flashformer.backends.cuda.machine import MIN_SLOTS, ROW_CLASSES
 from flashformer.backends.cuda.memory import (
     past_bytes_per_token,
 )
 from flashformer.backends.cuda.prefill import Prefill
 from flashformer.backends.cuda.watchdog import describe
 from flashformer.codegen.cuda_args import MAX_STOP_IDS, CudaStepArgs
-from flashformer.codegen.cuda_header import MATRICES, SAMPLE_SCRATCH_BYTES, slot_bytes
-from flashformer.codegen.exchange import exchange, exchange_bytes, padded
+from flashformer.codegen.cuda_header import slot_bytes
+from flashformer.codegen.exchange import exchange, exchange_bytes
 from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
 from flashformer.plan.plan import Plan
 
 NUM_WARPS = 10  # eight consumers, the finisher, the producer
-ROW_CLASSES = (1, 2, 4, 8)  # a kernel is compiled for each; a step runs in the smallest that fits
-MAX_SLOTS = 16  # of the ring: kernel/cta.cuh
+MAX_SLOTS = 24  # of the ring: kernel/cta.cuh
+IN_FLIGHT_BYTES = 65536  # on their way to a CTA: more only lengthens queues in the memory system
 NO_EPOCH = 0xFFFFFFFF  # what poisoned buffers hold
-MIN_SLOTS = 8  # slots_at_once + in_flight: what a warp waits for is never two fills ahead
 PREFILL_PASSES = 3  # over the weights by `Prefill`: it reads the image, writes the slab, reads it
 
 
 class CudaBackend:
     """Runs a plan on the current CUDA device. Not thread-safe.
 
-    For tests: `wait_limit_ns`, after which a wait in the kernel gives up; `delay_seed` and `drop`
+    For tests: `wait_limit_ns`, after which a wait in the kernel gives up; `in_flight`, the copies
+    on their way to a CTA, and while half of its slots wait to be read; `delay_seed` and `drop`
     (matrix from 1, CTA), which a kernel built with those instruments obeys.
     """
 
     max_stop_ids = MAX_STOP_IDS
     wait_limit_ns = 2_000_000_000
+    in_flight: tuple[int, int] | None = None
     delay_seed = 0
     drop = (0, 0)
 
@@ -63,11 +65,12 @@ class CudaBackend:
         """
         self._plan = plan
         self._num_pages = num_pages
-        self._layer = plan.spec.layers[0]
         self._device = torch.device("cuda", 0)
         self._stream = torch.cuda.current_stream(self._device)  # makes the context current
         self._instruments = instruments
         self._kernels = self._load_decoders()
+        for rows in self._kernels:
+            self.num_slots(rows)  # enough of them, or an error
         rows, machine = plan.machine.max_rows, plan.machine
         self._packet_bytes, all_bytes = exchange_bytes(plan)
         self._image = self._moved(image)
@@ -246,12 +249,7 @@ class CudaBackend:
 
     def x_bytes(self, rows: int) -> int:
         """Shared memory of the activations of `rows` rows, and what uses their place."""
-        layer, rows = self._layer, row_class(rows)
-        need = [_attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)]
-        need.append(SAMPLE_SCRATCH_BYTES)
-        for matrix in self._plan.matrices[-1 - len(MATRICES) :]:
-            need.append(stage_shape(self._plan, matrix, rows).x_bytes(rows))
-        return -(-max(need) // 128) * 128
+        return activation_bytes(self._plan, row_class(rows))
 
     def num_slots(self, rows: int) -> int:
         """Slots of the ring that fit beside the activations."""
@@ -264,6 +262,11 @@ class CudaBackend:
             )
         return slots
 
+    def _shape_ring(self, args: Any, num_slots: int) -> None:
+        most = min(IN_FLIGHT_BYTES // self._plan.machine.slot_bytes, num_slots - SLOTS_AT_ONCE)
+        args.num_slots = num_slots
+        args.in_flight, args.full_in_flight = self.in_flight or (most, most // 2)
+
     def read_bandwidth(self, seconds: float = 0.2, *, own_image: bool = True) -> float:
         """GB/s of the decoder's ring over the image with no work and no hand-offs: the limit.
 
@@ -274,7 +277,7 @@ class CudaBackend:
         args = self._step_args(rows=1)
         args.x_bytes = 0
         slot = slot_bytes(self._plan)
-        args.num_slots = min(MAX_SLOTS, kernel.max_dynamic_shared // slot)
+        self._shape_ring(args, min(MAX_SLOTS, kernel.max_dynamic_shared // slot))
         nbytes = ctypes.c_uint64(self._plan.image_bytes // slot * slot)
         samples: list[float] = []
         spent = 0.0
@@ -328,11 +331,11 @@ class CudaBackend:
         def compile_for(rows: int) -> Cubin:
             return compile_kernel(self._plan, "decode", self._instruments, rows)
 
+        classes = [rows for rows in ROW_CLASSES if rows <= self._plan.machine.max_rows]
         with ThreadPoolExecutor() as pool:
-            cubins = list(pool.map(compile_for, ROW_CLASSES))
+            cubins = list(pool.map(compile_for, classes))
         return {
-            rows: self._load("decode", cubin)
-            for rows, cubin in zip(ROW_CLASSES, cubins, strict=True)
+            rows: self._load("decode", cubin) for rows, cubin in zip(classes, cubins, strict=True)
         }
 
     def _load(self, name: str, cubin: Cubin) -> Kernel:
@@ -358,7 +361,8 @@ class CudaBackend:
         args.barrier = self._barrier.data_ptr()
         args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), self.wait_limit_ns
         args.delay_seed, (args.drop_matrix, args.drop_cta) = self.delay_seed, self.drop
-        args.x_bytes, args.num_slots = self.x_bytes(rows), self.num_slots(rows)
+        args.x_bytes = self.x_bytes(rows)
+        self._shape_ring(args, self.num_slots(rows))
         args.num_rows, args.num_pages = rows, self._num_pages
         return args
 
@@ -380,10 +384,3 @@ class CudaBackend:
 def row_class(rows: int) -> int:
     """The most rows of the kernel that runs a step of `rows`."""
     return next(most for most in ROW_CLASSES if rows <= most)
-
-
-def _attention_scratch(head_dim: int, group: int) -> int:
-    """AttentionScratch of kernel/attention.cuh."""
-    output_dims = min(padded(head_dim), 128) if group <= 4 else 64
-    floats = 8 * padded(head_dim) + 8 * 32 + 8 * group * output_dims
-    return 3 * padded(head_dim) * 32 + 4 * floats

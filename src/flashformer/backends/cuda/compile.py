@@ -25,6 +25,7 @@ class Resources:
 
     registers: int  # of a thread
     spill_bytes: int  # stores and loads of registers that did not fit
+    shared_bytes: int  # of fixed size, of a CTA
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ def build_cubin(
 def _resources(log: str) -> Resources:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-    return Resources(max(registers, default=0), sum(spills))
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", log)]
+    return Resources(max(registers, default=0), sum(spills), max(shared, default=0))
 
 
 def _read(program: Any, size_of: Any, read: Any) -> bytes:

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flashformer.codegen.cuda_header import WINDOW_BYTES, slot_bytes, window_tiles
+from flashformer.codegen.cuda_header import (
+    MATRICES,
+    SAMPLE_SCRATCH_BYTES,
+    slot_bytes,
+    window_tiles,
+)
 from flashformer.codegen.exchange import padded
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
@@ -87,10 +92,11 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
     run_bytes = run_blocks * weight_format.block_bytes
     slot_runs = (slot_bytes(plan) - weight_format.row_scale_bytes) // run_bytes
     data, in_windows = runs * run_cols * 2, matrix.name in ("o_proj", "down")
-    wide = in_windows and plan.machine.max_rows * data > 2 * WINDOW_BYTES
+    window_bytes = plan.machine.window_bytes
+    wide = in_windows and plan.machine.max_rows * data > 2 * window_bytes
     num_chunks = max(-(-runs // slot_runs), SLOTS_AT_ONCE if wide else 1)
     chunk_runs = -(-runs // num_chunks)
-    windowed = in_windows and rows * data > 2 * WINDOW_BYTES
+    windowed = in_windows and rows * data > 2 * window_bytes
     return StageShape(
         run_cols=run_cols,
         run_bytes=run_bytes,
@@ -99,7 +105,7 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
         tile_bytes=matrix.tile_bytes,
         num_chunks=num_chunks,
         chunk_runs=chunk_runs,
-        window_chunks=WINDOW_BYTES // rows // (data * chunk_runs // runs)
+        window_chunks=window_bytes // rows // (data * chunk_runs // runs)
         if windowed
         else num_chunks,
         group=window_tiles(plan.machine.arch) if windowed else 1,
@@ -111,6 +117,26 @@ def _run_cols(weight_format: Format) -> int:
     if not weight_format.floating:
         return INTEGER_RUN_COLS
     return FP8_RUN_COLS if weight_format.bits == 8 else weight_format.block_cols
+
+
+def activation_bytes(plan: Plan, rows: int) -> int:
+    """Shared memory of the activations in a kernel of up to `rows` rows, and what uses their place.
+
+    `Cta::x` of kernel/cta.cuh.
+    """
+    layer = plan.spec.layers[0]
+    need = [attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)]
+    need.append(SAMPLE_SCRATCH_BYTES)
+    last_layer_and_head = plan.matrices[-1 - len(MATRICES) :]
+    need += [stage_shape(plan, matrix, rows).x_bytes(rows) for matrix in last_layer_and_head]
+    return -(-max(need) // 128) * 128
+
+
+def attention_scratch(head_dim: int, group: int) -> int:
+    """Bytes of `AttentionScratch` of kernel/attention.cuh, in the place of activations."""
+    output_dims = min(padded(head_dim), 128) if group <= 4 else 64
+    floats = 8 * padded(head_dim) + 8 * 32 + 8 * group * output_dims
+    return 3 * padded(head_dim) * 32 + 4 * floats
 
 
 class Past(NamedTuple):

@@ -4,14 +4,20 @@ from dataclasses import dataclass
 
 from cuda.bindings import driver
 
+from flashformer.backends.cuda.geometry import attention_scratch
+from flashformer.codegen.cuda_header import SAMPLE_SCRATCH_BYTES
+from flashformer.codegen.exchange import padded
 from flashformer.errors import UnsupportedModelError, UsageError
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.machine import Machine
 from flashformer.quant.formats import TILE_ROWS
 
 PROMPT_ROWS = 2048  # of a prompt at once: they fill the tensor cores; 60 ms of an 8B model
-MAX_ROWS = 8  # tokens of one step: the columns of the tensor cores' second operand
-SLOT_BYTES = 16384  # one bulk copy; smaller ones cannot keep the memory busy from one thread
+ROW_CLASSES = (1, 2, 4, 8)  # a kernel is compiled for each; 8 is the width of an mma's operand B
+# Slots of the ring and windows of activations, in bytes; the first that fit are taken. A slot is a
+# bulk copy: one thread cannot keep a fast memory busy with smaller ones.
+SLOTS_AND_WINDOWS = ((16384, 32768), (8192, 32768), (4096, 16384))
+MIN_SLOTS = 8  # multiplied at once, and as many on their way: no warp waits two fills ahead
 PAGE_TOKENS = 64
 SPECIALISED = (9, 10, 12)  # major versions whose own instructions need the suffix "a"
 
@@ -62,19 +68,51 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
             f"needs at most {TILE_ROWS} query heads a key head; use --device cpu"
         )
     rows = min(layer.qkv_rows, spec.hidden_size, 2 * layer.intermediate_size, spec.vocab_size)
-    head_bytes = -(-layer.head_dim // 16) * 16 * 2
+    num_ctas = _even_ctas(spec, min(device.num_sms, -(-rows // TILE_ROWS)))
+    head_bytes = padded(layer.head_dim) * 2
+    max_rows, slot_bytes, window_bytes = _share_memory(device, spec, num_ctas)
     return Machine(
         kind="cuda",
         name=device.name,
         arch=device.arch,
-        num_ctas=_even_ctas(spec, min(device.num_sms, -(-rows // TILE_ROWS))),
+        num_ctas=num_ctas,
         layout="fragment",
-        page_tokens=min(PAGE_TOKENS, SLOT_BYTES // head_bytes // 16 * 16),
+        page_tokens=min(PAGE_TOKENS, slot_bytes // head_bytes // 16 * 16),
         kv_format="bf16",
-        max_rows=MAX_ROWS,
+        max_rows=max_rows,
         prompt_rows=PROMPT_ROWS,
         shared_bytes=device.shared_bytes,
+        slot_bytes=slot_bytes,
+        window_bytes=window_bytes,
     )
+
+
+def _share_memory(device: Device, spec: ModelSpec, num_ctas: int) -> tuple[int, int, int]:
+    """Rows of a step, bytes of a slot and of a window: the most rows that leave a ring its room."""
+    least_slot = 16 * padded(spec.layers[0].head_dim) * 2
+    for rows in reversed(ROW_CLASSES):
+        for slot_bytes, window_bytes in SLOTS_AND_WINDOWS:
+            ring = MIN_SLOTS * slot_bytes * 33 // 32  # with scales
+            need = _beside_the_ring(spec, num_ctas, rows, window_bytes) + ring
+            if slot_bytes >= least_slot and need <= device.shared_bytes:
+                return rows, slot_bytes, window_bytes
+    raise UnsupportedModelError(
+        f"{device.name} has {device.shared_bytes} bytes of shared memory for a CTA; one row of "
+        f"hidden_size {spec.hidden_size} needs {need}; use --device cpu"
+    )
+
+
+def _beside_the_ring(spec: ModelSpec, num_ctas: int, rows: int, window_bytes: int) -> int:
+    """Bytes of shared memory for `Shared` (kernel/cta.cuh) and the activations of `rows` rows."""
+    layer = spec.layers[0]
+    owned_tiles = -(-spec.hidden_size // (TILE_ROWS * num_ctas))
+    rotary = max((rope.rotary_dim for rope in spec.ropes), default=0)
+    fixed = 2048 + rows * (2 * 8 * 20 * 4 + owned_tiles * TILE_ROWS * 4 + 128)
+    fixed += max(1, len(spec.ropes)) * rows * (rotary // 2 + 1) * 8
+    padding = 2 * rows * 256 + 2 * window_bytes // 64  # of rows, and scales
+    normed = rows * spec.hidden_size * 65 // 32
+    scratch = attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)
+    return fixed + padding + max(normed, 2 * window_bytes, scratch, SAMPLE_SCRATCH_BYTES)
 
 
 def _even_ctas(spec: ModelSpec, most: int) -> int:

@@ -13,7 +13,7 @@
 
 constexpr int num_consumer_warps = 8;
 constexpr int num_consumers = num_consumer_warps * 32;
-constexpr int max_slots = 16;
+constexpr int max_slots = 24;
 constexpr int max_rows = config::max_rows;
 constexpr int tile_rows = 16;
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);

@@ -46,7 +46,7 @@ struct RingWriter {
     RingPosition ahead = next;
     ahead.advance(cta.args.num_slots, cta.args.num_slots / 2);
     const bool is_free = mbarrier_test(&cta.shared.empty[ahead.slot], ahead.parity);
-    return __any_sync(~0u, is_free) ? config::in_flight : config::full_in_flight;
+    return __any_sync(~0u, is_free) ? cta.args.in_flight : cta.args.full_in_flight;
   }
 
 #if __CUDA_ARCH__ >= 900
