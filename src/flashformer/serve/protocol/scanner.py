@@ -36,6 +36,7 @@ class CallScanner:
         self._name: str | None = None
         self._arguments = ""  # not told yet
         self._has_arguments = False
+        self._is_named = False  # its arguments are all that comes
 
     @classmethod
     def named(cls, index: int, name: str, head: str) -> "CallScanner":
@@ -44,17 +45,18 @@ class CallScanner:
         for character in f'{{"name": {json.dumps(name)}, "arguments": ':
             scanner.feed(character)
         scanner._read = [head]
+        scanner._is_named = True
         return scanner
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more belongs to the call."""
+        return self.done or self.failed
 
     @property
     def raw(self) -> str:
         """All that has been read."""
         return "".join(self._read)
-
-    @property
-    def after_value(self) -> bool:
-        """Whether a value of the call has just ended."""
-        return self._depth == 1 and self._expect == ","
 
     def feed(self, character: str) -> list[Piece]:
         """Take the next character; the news."""
@@ -63,6 +65,8 @@ class CallScanner:
             self._inner(character)
         else:
             self._outer(character)
+        if self._is_named and self._depth == 1 and self._expect == ",":  # the value has ended
+            self._end_object()
         return self._news()
 
     def _news(self) -> list[Piece]:

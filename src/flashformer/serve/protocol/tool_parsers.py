@@ -55,27 +55,25 @@ class _Parser(Incremental):
         self._head = head
         self._scanner = CallScanner(self._count, names)
 
-    def _scan(self) -> tuple[list[Piece], bool]:
-        """Feed the scanner; its pieces, and whether it is at its end."""
+    def _read_call(self, behind: State, text: State) -> list[Piece]:
+        """Feed the scanner; at its end go on `behind` the call, or as `text` if it is none."""
         scanner = self._scanner
         assert scanner is not None
         pieces: list[Piece] = []
-        for place, character in enumerate(self._pending, 1):
-            pieces += scanner.feed(character)
-            if scanner.done or scanner.failed:
-                self._pending = self._pending[place:]
-                return pieces, True
-        self._pending = ""
-        return pieces, False
-
-    def _end_call(self) -> list[Piece]:
-        """Count a call; one that never began is text after all."""
-        scanner, self._scanner = self._scanner, None
-        assert scanner is not None
+        place = 0
+        while place < len(self._pending) and not scanner.ended:
+            pieces += scanner.feed(self._pending[place])
+            place += 1
+        self._pending = self._pending[place:]
+        if not scanner.ended:
+            return pieces
+        self._scanner = None
         if scanner.begun:
             self._count += 1
-            return []
-        return content(self._head + scanner.raw)
+            self._state = behind
+            return pieces
+        self._state = text
+        return pieces + content(self._head + scanner.raw)
 
 
 class HermesParser(_Parser):
@@ -93,12 +91,7 @@ class HermesParser(_Parser):
         return content(text)
 
     def _in_call(self) -> list[Piece] | None:
-        pieces, ended = self._scan()
-        if ended:
-            assert self._scanner is not None
-            self._state = self._behind_call if self._scanner.begun else self._in_text
-            pieces += self._end_call()
-        return pieces
+        return self._read_call(self._behind_call, self._in_text)
 
     def _behind_call(self) -> list[Piece] | None:
         if not self._drop_space():
@@ -153,12 +146,7 @@ class LlamaParser(_Parser):
         return []
 
     def _in_call(self) -> list[Piece] | None:
-        pieces, ended = self._scan()
-        if ended:
-            assert self._scanner is not None
-            self._state = self._between if self._scanner.begun else self._in_text
-            pieces += self._end_call()
-        return pieces
+        return self._read_call(self._between, self._in_text)
 
     def _between(self) -> list[Piece] | None:
         text = self._pending.lstrip(SPACE + ";")
@@ -217,19 +205,7 @@ class MistralParser(_Parser):
         return content(text)
 
     def _in_named_call(self) -> list[Piece] | None:
-        scanner = self._scanner
-        assert scanner is not None
-        pieces: list[Piece] = []
-        for place, character in enumerate(self._pending, 1):
-            pieces += scanner.feed(character)
-            if scanner.after_value:
-                self._pending = self._pending[place:]
-                pieces += scanner.feed("}")
-                pieces += self._end_call()
-                self._state = self._between
-                return pieces
-        self._pending = ""
-        return pieces
+        return self._read_call(self._between, self._in_text)
 
     def _between(self) -> list[Piece] | None:
         if not self._drop_space():
@@ -250,12 +226,7 @@ class MistralParser(_Parser):
         return []
 
     def _in_element(self) -> list[Piece] | None:
-        pieces, ended = self._scan()
-        if ended:
-            assert self._scanner is not None
-            self._state = self._in_array if self._scanner.begun else self._in_text
-            pieces += self._end_call()
-        return pieces
+        return self._read_call(self._in_array, self._in_text)
 
     def finish(self) -> list[Piece]:
         """See `ToolParser`."""
