@@ -235,7 +235,9 @@ def _no_weights(folder: Path) -> Exception:
                 f"{folder} holds {kind} weights, which FlashFormer does not read; expected "
                 f"{SINGLE_FILE} or {INDEX_FILE}."
             )
-    return CheckpointError(f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}.")
+    return CheckpointError(
+        f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE} beside config.json."
+    )
 
 
 def _require_members(folder: Path, file_of: dict[str, SafetensorsFile]) -> None:
