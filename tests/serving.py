@@ -67,23 +67,21 @@ class RawRequest:
     def grammar(self, prompts, decode):
         return self.form
 
-    def responder(self, request_id, prompts, decode):
+    def responder(self, prompts, decode):
         return RawResponder()
 
 
-class RawEndpoint:
+def parse_raw(body, info):
     """{"prompts": [[ids]], "stream": bool, fields of SamplingParams}."""
-
-    def parse(self, body, info):
-        try:
-            fields = json.loads(body)
-        except ValueError:
-            raise RequestError(400, "the body is not JSON.", code="invalid_json") from None
-        prompts = [tuple(prompt) for prompt in fields.pop("prompts", [IDS])]
-        stream = fields.pop("stream", False)
-        grammar = fields.pop("grammar", None)
-        grammar = None if grammar is None else Grammar(*grammar)
-        return RawRequest(stream, prompts, SamplingParams(**fields), grammar)
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        raise RequestError(400, "the body is not JSON.", code="invalid_json") from None
+    prompts = [tuple(prompt) for prompt in fields.pop("prompts", [IDS])]
+    stream = fields.pop("stream", False)
+    grammar = fields.pop("grammar", None)
+    grammar = None if grammar is None else Grammar(*grammar)
+    return RawRequest(stream, prompts, SamplingParams(**fields), grammar)
 
 
 class Serving:
@@ -91,7 +89,7 @@ class Serving:
 
     def __init__(self, options=TINY, endpoints=None, **limits):
         self.options = replace(options, limits=replace(options.limits, **limits))
-        self._endpoints = endpoints or {"/raw": RawEndpoint()}
+        self._endpoints = endpoints or {"/raw": parse_raw}
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.server = self.loop = self.error = self.code = None

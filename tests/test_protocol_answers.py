@@ -7,10 +7,10 @@ import httpx2
 import openai
 import pytest
 
-from flashformer.serve.protocol.chat import ChatCompletions
-from flashformer.serve.protocol.completions import Completions
-from flashformer.serve.protocol.messages import Messages
-from flashformer.serve.protocol.responses import Responses
+from flashformer.serve.protocol.chat import parse_chat
+from flashformer.serve.protocol.completions import parse_completion
+from flashformer.serve.protocol.messages import parse_message
+from flashformer.serve.protocol.responses import parse_response
 from flashformer.serve.server.endpoint import RequestError
 from flashformer.serve.server.messages import GenerateEvent
 from test_protocol_fields import CHAT, INFO
@@ -39,8 +39,8 @@ def answer(endpoint, body, events):
     """(content type, what the server would send)."""
     from dataclasses import replace
 
-    parsed = endpoint.parse(json.dumps(body).encode(), replace(INFO, chat_template=MODEL))
-    responder = parsed.responder("r", [(5, 6, 7)], lambda ids: "hello")
+    parsed = endpoint(json.dumps(body).encode(), replace(INFO, chat_template=MODEL))
+    responder = parsed.responder([(5, 6, 7)], lambda ids: "hello")
     texts = responder.begin()
     for event in events:
         if isinstance(event, RequestError):
@@ -65,7 +65,7 @@ def client_of(kind, endpoint, events):
 
 
 def chat_client(events):
-    return client_of(openai.OpenAI, ChatCompletions(), events)
+    return client_of(openai.OpenAI, parse_chat, events)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -113,10 +113,10 @@ def test_a_failure_in_a_stream_reaches_every_client():
     events = [*list(events_of("Hello"))[:2], RequestError(500, "the engine failed.", None, "x")]
     with pytest.raises(openai.APIError, match="the engine failed"):
         list(chat_client(events).chat.completions.create(model="m", messages=CHAT, stream=True))
-    client = client_of(anthropic.Anthropic, Messages(), events)
+    client = client_of(anthropic.Anthropic, parse_message, events)
     with pytest.raises(anthropic.APIError, match="the engine failed"):
         list(client.messages.create(model="m", max_tokens=9, messages=CHAT, stream=True))
-    client = client_of(openai.OpenAI, Responses(), events)
+    client = client_of(openai.OpenAI, parse_response, events)
     told = list(client.responses.create(model="m", input="hi", stream=True))
     assert [event.type for event in told[-2:]] == ["error", "response.failed"]
     assert told[-1].response.error.message == "the engine failed."
@@ -124,7 +124,7 @@ def test_a_failure_in_a_stream_reaches_every_client():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_response_has_an_item_for_each_part(stream):
-    client = client_of(openai.OpenAI, Responses(), list(events_of(SAID)))
+    client = client_of(openai.OpenAI, parse_response, list(events_of(SAID)))
     wanted = {"model": "m", "input": "hi", "tools": FLAT}
     if stream:
         with client.responses.stream(**wanted) as events:
@@ -150,7 +150,7 @@ def test_a_response_has_an_item_for_each_part(stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_message_has_a_block_for_each_part(stream):
-    client = client_of(anthropic.Anthropic, Messages(), list(events_of(SAID)))
+    client = client_of(anthropic.Anthropic, parse_message, list(events_of(SAID)))
     wanted = {"model": "m", "max_tokens": 99, "messages": CHAT, "tools": CLAUDE}
     if stream:
         with client.messages.stream(**wanted) as events:
@@ -177,7 +177,7 @@ def test_why_an_answer_ended(finish, stop_reason, chat, message):
     events = list(events_of("Hello", finish=finish, stop_reason=stop_reason))
     whole = chat_client(events).chat.completions.create(model="m", messages=CHAT)
     assert whole.choices[0].finish_reason == chat
-    client = client_of(anthropic.Anthropic, Messages(), events)
+    client = client_of(anthropic.Anthropic, parse_message, events)
     whole = client.messages.create(model="m", max_tokens=9, messages=CHAT)
     assert (whole.stop_reason, whole.stop_sequence) == message
 
@@ -185,8 +185,8 @@ def test_why_an_answer_ended(finish, stop_reason, chat, message):
 def test_a_stream_of_either_api_has_the_usage_in_every_chunk_if_it_was_asked_for():
     wanted = {"include_usage": True, "continuous_usage_stats": True}
     for endpoint, body in (
-        (ChatCompletions(), {"messages": CHAT}),
-        (Completions(), {"prompt": "x"}),
+        (parse_chat, {"messages": CHAT}),
+        (parse_completion, {"prompt": "x"}),
     ):
         request = {**body, "stream": True, "stream_options": wanted}
         _, text = answer(endpoint, request, list(events_of("hello you")))

@@ -36,12 +36,12 @@ INFO = ModelInfo(
 CHAT = [{"role": "user", "content": "hi"}]
 # route -> (fields, parser, the smallest body)
 ROUTES = {
-    "chat": (chat.FIELDS, chat.ChatCompletions().parse, {"messages": CHAT}),
-    "completions": (completions.FIELDS, completions.Completions().parse, {"prompt": "hi"}),
-    "responses": (responses.FIELDS, responses.Responses().parse, {"input": "hi"}),
+    "chat": (chat.FIELDS, chat.parse_chat, {"messages": CHAT}),
+    "completions": (completions.FIELDS, completions.parse_completion, {"prompt": "hi"}),
+    "responses": (responses.FIELDS, responses.parse_response, {"input": "hi"}),
     "messages": (
         messages.FIELDS,
-        messages.Messages().parse,
+        messages.parse_message,
         {"messages": CHAT, "max_tokens": 8},
     ),
     "count_tokens": (messages.COUNT_FIELDS, messages.parse_count, {"messages": CHAT}),

@@ -33,9 +33,7 @@ class Asked:
         """The same for all prompts: an API with several prompts has no conversations."""
         return self.rules.grammar(prompts[0], decode)
 
-    def responder(
-        self, request_id: str, prompts: Sequence[Sequence[int]], decode: Decode
-    ) -> Responder:
+    def responder(self, prompts: Sequence[Sequence[int]], decode: Decode) -> Responder:
         """Who answers."""
         return self.make(prompts, decode)
 
@@ -49,7 +47,7 @@ def read_request(fields: Sequence[Field], body: Mapping[str, Any], info: ModelIn
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """A parameter's error becomes the answer to a client."""
+    """Around a function of a body: a parameter's error becomes the answer to a client."""
     try:
         yield
     except ParameterError as error:

@@ -159,15 +159,6 @@ FIELDS = (
 )
 
 
-class ChatCompletions:
-    """The endpoint."""
-
-    def parse(self, body: bytes, info: ModelInfo) -> Asked:
-        """Check a request."""
-        with refusing():
-            return _asked(read_request(FIELDS, read_body(body), info), info)
-
-
 def chat_prompt(values: Values, use: ToolUse, messages: list[dict[str, Any]]) -> ChatPrompt:
     """The conversation with the variables of its template."""
     return conversation_prompt(
@@ -248,7 +239,10 @@ def stream_usage(values: Values) -> dict[str, bool]:
     }
 
 
-def _asked(values: Values, info: ModelInfo) -> Asked:
+@refusing()
+def parse_chat(body: bytes, info: ModelInfo) -> Asked:
+    """Check a request of `/v1/chat/completions`."""
+    values = read_request(FIELDS, read_body(body), info)
     require_template(info, "messages")
     form = answer_format(info.chat_template)
     use = tool_use(values["tools"], values["tool_choice"], parallel=values["parallel_tool_calls"])

@@ -105,16 +105,10 @@ FIELDS = (
 )
 
 
-class Completions:
-    """The endpoint."""
-
-    def parse(self, body: bytes, info: ModelInfo) -> Asked:
-        """Check a request."""
-        with refusing():
-            return _asked(read_request(FIELDS, read_body(body), info), info)
-
-
-def _asked(values: Values, info: ModelInfo) -> Asked:
+@refusing()
+def parse_completion(body: bytes, info: ModelInfo) -> Asked:
+    """Check a request of `/v1/completions`."""
+    values = read_request(FIELDS, read_body(body), info)
     given = values["prompt"]
     scoring = values["max_tokens"] == 0
     if scoring and not values["echo"]:

@@ -79,21 +79,12 @@ FIELDS = (
 COUNT_FIELDS = _CONVERSATION
 
 
-class Messages:
-    """The endpoint."""
-
-    def parse(self, body: bytes, info: ModelInfo) -> Asked:
-        """Check a request."""
-        with refusing():
-            return _asked(read_request(FIELDS, read_body(body), info), info)
-
-
+@refusing()
 def parse_count(body: bytes, info: ModelInfo) -> ChatPrompt:
     """The conversation of `/v1/messages/count_tokens`."""
-    with refusing():
-        values = read_request(COUNT_FIELDS, read_body(body), info)
-        require_template(info, "messages")
-        return _prompt(values, _use(values))
+    values = read_request(COUNT_FIELDS, read_body(body), info)
+    require_template(info, "messages")
+    return _prompt(values, _use(values))
 
 
 def _use(values: Values) -> ToolUse:
@@ -116,7 +107,10 @@ def _prompt(values: Values, use: ToolUse) -> ChatPrompt:
     return conversation_prompt(messages, use, variables, continued=continued)
 
 
-def _asked(values: Values, info: ModelInfo) -> Asked:
+@refusing()
+def parse_message(body: bytes, info: ModelInfo) -> Asked:
+    """Check a request of `/v1/messages`."""
+    values = read_request(FIELDS, read_body(body), info)
     require_template(info, "messages")
     form = answer_format(info.chat_template)
     use = _use(values)

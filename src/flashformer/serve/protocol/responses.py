@@ -22,7 +22,6 @@ from flashformer.serve.protocol.common_fields import CHOICE, END, MODEL, STOP, S
 from flashformer.serve.protocol.fields import (
     MAX_TEXT_BYTES,
     Field,
-    Values,
     boolean,
     integer,
     items,
@@ -109,17 +108,11 @@ FIELDS = (
 )
 
 
-class Responses:
-    """The endpoint."""
-
-    def parse(self, body: bytes, info: ModelInfo) -> Asked:
-        """Check a request."""
-        content = read_body(body)
-        with refusing():
-            return _asked(read_request(FIELDS, content, info), content, info)
-
-
-def _asked(values: Values, content: dict[str, Any], info: ModelInfo) -> Asked:
+@refusing()
+def parse_response(body: bytes, info: ModelInfo) -> Asked:
+    """Check a request of `/v1/responses`."""
+    content = read_body(body)
+    values = read_request(FIELDS, content, info)
     require_template(info, "input")
     form = answer_format(info.chat_template)
     use = tool_use(values["tools"], values["tool_choice"], parallel=values["parallel_tool_calls"])

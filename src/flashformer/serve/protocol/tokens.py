@@ -62,24 +62,24 @@ class TokenizeRequest:
     with_texts: bool
 
 
+@refusing()
 def parse_tokenize(body: bytes, info: ModelInfo) -> TokenizeRequest:
     """Check a request of `/tokenize`."""
-    with refusing():
-        values = read_request(TOKENIZE_FIELDS, read_body(body), info)
-        text, messages = values["prompt"], values["messages"]
-        if (text is None) == (messages is None):
-            raise ParameterError("prompt", "or messages must be given, and not both")
-        with_texts = values["return_token_strs"]
-        if text is not None:
-            return TokenizeRequest(TextPrompt(text, values["add_special_tokens"]), with_texts)
-        require_template(info, "messages")
-        prompt = conversation_prompt(
-            messages,
-            tool_use(values["tools"], None, parallel=True),
-            values["chat_template_kwargs"],
-            generation_prompt=values["add_generation_prompt"],
-        )
-        return TokenizeRequest(prompt, with_texts)
+    values = read_request(TOKENIZE_FIELDS, read_body(body), info)
+    text, messages = values["prompt"], values["messages"]
+    if (text is None) == (messages is None):
+        raise ParameterError("prompt", "or messages must be given, and not both")
+    with_texts = values["return_token_strs"]
+    if text is not None:
+        return TokenizeRequest(TextPrompt(text, values["add_special_tokens"]), with_texts)
+    require_template(info, "messages")
+    prompt = conversation_prompt(
+        messages,
+        tool_use(values["tools"], None, parallel=True),
+        values["chat_template_kwargs"],
+        generation_prompt=values["add_generation_prompt"],
+    )
+    return TokenizeRequest(prompt, with_texts)
 
 
 def tokenize_body(
@@ -95,10 +95,10 @@ def tokenize_body(
     }
 
 
+@refusing()
 def parse_detokenize(body: bytes, info: ModelInfo) -> tuple[int, ...]:
     """The token ids of a request of `/detokenize`."""
-    with refusing():
-        values = read_request(DETOKENIZE_FIELDS, read_body(body), info)
+    values = read_request(DETOKENIZE_FIELDS, read_body(body), info)
     token_ids: tuple[int, ...] = values["tokens"]
     for place, token_id in enumerate(token_ids):
         if token_id >= info.vocab_size:

@@ -1,6 +1,6 @@
 """How a route and the protocol modules fit together; the protocol modules do no input or output.
 
-body -> `Endpoint.parse` -> `ParsedRequest` -> prompts as token ids -> events -> `Responder` -> text
+body -> `Endpoint` -> `ParsedRequest` -> prompts as token ids -> events -> `Responder` -> text
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -98,16 +98,10 @@ class ParsedRequest(Protocol):
         """What the text must look like behind these prompts: they may have begun to reason."""
         ...
 
-    def responder(
-        self, request_id: str, prompts: Sequence[Sequence[int]], decode: Decode
-    ) -> Responder:
+    def responder(self, prompts: Sequence[Sequence[int]], decode: Decode) -> Responder:
         """Who answers, now that the prompts' token ids are known (for usage and echo)."""
         ...
 
 
-class Endpoint(Protocol):
-    """A module of `serve/protocol`: chat, completions, responses, messages."""
-
-    def parse(self, body: bytes, info: ModelInfo) -> ParsedRequest:
-        """Check a body; raises `RequestError` with the field that is wrong."""
-        ...
+# Checks a body, for the model that is served; raises `RequestError` with the field that is wrong.
+Endpoint = Callable[[bytes, ModelInfo], ParsedRequest]

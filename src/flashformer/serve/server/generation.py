@@ -32,7 +32,7 @@ class Generation:
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one request; the engine's slot is free one step after the client has left."""
-        parsed = self._endpoint.parse(await exchange.body(), self._client.info)
+        parsed = self._endpoint(await exchange.body(), self._client.info)
         with self._ticker.watching(exchange):
             await exchange.run(self._answer(exchange, parsed))
 
@@ -42,7 +42,7 @@ class Generation:
         try:
             prompts = [await token_ids_of(self._client, prompt) for prompt in parsed.prompts]
             decode = self._client.decode
-            responder = parsed.responder(exchange.request_id, prompts, decode)
+            responder = parsed.responder(prompts, decode)
             request = GenerateRequest(
                 exchange.request_id,
                 tuple(map(tuple, prompts)),

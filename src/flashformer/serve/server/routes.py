@@ -14,10 +14,10 @@ from starlette.routing import Route
 from flashformer import __version__
 from flashformer.errors import FlashFormerError
 from flashformer.serve.protocol import tokens
-from flashformer.serve.protocol.chat import ChatCompletions
-from flashformer.serve.protocol.completions import Completions
-from flashformer.serve.protocol.messages import Messages, parse_count
-from flashformer.serve.protocol.responses import Responses
+from flashformer.serve.protocol.chat import parse_chat
+from flashformer.serve.protocol.completions import parse_completion
+from flashformer.serve.protocol.messages import parse_count, parse_message
+from flashformer.serve.protocol.responses import parse_response
 from flashformer.serve.server.client import EngineClient
 from flashformer.serve.server.endpoint import Endpoint, RequestError
 from flashformer.serve.server.errors import problem_of, send_problem
@@ -28,10 +28,10 @@ from flashformer.serve.server.page import document
 
 # What generates, by path.
 ENDPOINTS: Mapping[str, Endpoint] = {
-    "/v1/chat/completions": ChatCompletions(),
-    "/v1/completions": Completions(),
-    "/v1/responses": Responses(),
-    "/v1/messages": Messages(),
+    "/v1/chat/completions": parse_chat,
+    "/v1/completions": parse_completion,
+    "/v1/responses": parse_response,
+    "/v1/messages": parse_message,
 }
 Answer = Callable[[Exchange], Awaitable[None]]
 
