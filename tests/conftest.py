@@ -1,6 +1,7 @@
 """Fixtures that several test files share: tiny checkpoints, made once in a session."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from checkpoints import make_checkpoint
+from command_line import CommandLine
 
 if TYPE_CHECKING:
     from browsing import Browsing
@@ -37,6 +39,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[variant]
 
     return folder_of
+
+
+@pytest.fixture
+def copied(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a checkpoint, which a test may change."""
+    return shutil.copytree(checkpoint("llama"), tmp_path / "model")
+
+
+@pytest.fixture
+def cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> CommandLine:
+    """The command line, with a cache of its own."""
+    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

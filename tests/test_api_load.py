@@ -1,7 +1,6 @@
 """Loading a model: options, side files, defaults, and memory foreseen before it is allocated."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -26,14 +25,6 @@ PROMPT = "One token takes one launch"
 def llm(checkpoint):
     with LLM(checkpoint("llama"), device="reference", max_batch=4, context=128) as loaded:
         yield loaded
-
-
-@pytest.fixture
-def copied(checkpoint, tmp_path):
-    """A copy of a checkpoint that a test may change."""
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint("llama"), folder)
-    return folder
 
 
 def test_seeds_of_requests_without_one_come_from_the_llm(checkpoint):

@@ -9,7 +9,6 @@ from statistics import median
 import numpy as np
 import pytest
 
-from command_line import CommandLine
 from fake_backend import FakeBackend, fake_plan
 from flashformer.backends import open_backend
 from flashformer.backends.base import StepResult
@@ -50,11 +49,6 @@ def backend(tmp_path_factory):
         spec = ModelSpec.from_hf({**SHAPES["smollm2-135m"], **small, **heads, "vocab_size": 300})
         options = PlanOptions(context=80, max_batch=3)
         return open_backend("reference", spec, RandomWeights(spec), options, num_pages=15)
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
 
 
 ONE = Run(1.0, np.zeros((1, 1), np.int32))

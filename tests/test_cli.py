@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
-from checkpoints import make_checkpoint
+from checkpoints import edit_config, make_checkpoint
 from command_line import CommandLine
 from flashformer.serve.speed import Speed
 
@@ -225,14 +224,13 @@ def test_inspect_tells_architecture_parameters_and_memory(cli, tmp_path):
     assert "layers[1]: num_q_heads=6" in cli("inspect", folder, "--spec").out
 
 
-def test_inspect_says_what_is_unsupported_and_why(cli, checkpoint, tmp_path):
-    folder = copy_of(checkpoint("llama"), tmp_path)
-    edit_config(folder, model_type="mamba")
-    ended = cli("inspect", folder, "--json")
+def test_inspect_says_what_is_unsupported_and_why(cli, copied):
+    edit_config(copied, model_type="mamba")
+    ended = cli("inspect", copied, "--json")
     assert ended.code == 3
     assert ended.json["supported"] is False
     assert "mamba" in ended.json["reason"]
-    assert "not supported" in cli("inspect", folder).out
+    assert "not supported" in cli("inspect", copied).out
 
 
 def test_plan_shows_every_stage_and_the_header(cli, checkpoint):
@@ -324,12 +322,3 @@ def test_a_reader_that_leaves_is_no_error(cli):
     assert process.wait(timeout=30) == 0
     assert b"Traceback" not in said
     assert b"Broken" not in said
-
-
-def copy_of(folder, to):
-    return shutil.copytree(folder, to / "copy")
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

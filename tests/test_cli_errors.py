@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -13,90 +12,74 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from command_line import CommandLine
+from checkpoints import edit_config
 
 REFERENCE = ("--device", "reference")
 RUNTIME, USAGE, UNSUPPORTED, MEMORY = 1, 2, 3, 4
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
-
-
-@pytest.fixture
-def folder(checkpoint, tmp_path):
-    """A checkpoint of its own, to be damaged."""
-    return shutil.copytree(checkpoint("llama"), tmp_path / "model")
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def run(cli, folder, *flags):
     return cli("run", "a stage", "--model", folder, "-n", 2, *REFERENCE, *flags)
 
 
-def test_a_truncated_checkpoint_is_refused(cli, folder):
-    path = folder / "model.safetensors"
+def test_a_truncated_checkpoint_is_refused(cli, copied):
+    path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "model.safetensors" in run(cli, folder).error(UNSUPPORTED)
+    assert "model.safetensors" in run(cli, copied).error(UNSUPPORTED)
 
 
-def test_a_header_that_lies_about_its_length_is_refused(cli, folder):
-    path = folder / "model.safetensors"
+def test_a_header_that_lies_about_its_length_is_refused(cli, copied):
+    path = copied / "model.safetensors"
     path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
-    assert "model.safetensors" in run(cli, folder).error(UNSUPPORTED)
+    assert "model.safetensors" in run(cli, copied).error(UNSUPPORTED)
 
 
-def test_an_index_that_leads_outside_is_refused(cli, folder):
-    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+def test_an_index_that_leads_outside_is_refused(cli, copied):
+    (copied / "model.safetensors").rename(copied.parent / "outside.safetensors")
     index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "outside" in run(cli, folder).error(UNSUPPORTED)
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside" in run(cli, copied).error(UNSUPPORTED)
 
 
-def test_an_index_that_names_a_missing_file_is_refused(cli, folder):
-    (folder / "model.safetensors").unlink()
+def test_an_index_that_names_a_missing_file_is_refused(cli, copied):
+    (copied / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00001-of-00002" in run(cli, folder).error(UNSUPPORTED)
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00001-of-00002" in run(cli, copied).error(UNSUPPORTED)
 
 
-def test_shapes_that_disagree_with_the_config_are_refused(cli, folder):
-    edit_config(folder, intermediate_size=208)
-    assert "208" in run(cli, folder).error(UNSUPPORTED)
+def test_shapes_that_disagree_with_the_config_are_refused(cli, copied):
+    edit_config(copied, intermediate_size=208)
+    assert "208" in run(cli, copied).error(UNSUPPORTED)
 
 
-def test_weights_that_are_not_numbers_are_refused_and_not_cached(cli, folder):
-    path = folder / "model.safetensors"
+def test_weights_that_are_not_numbers_are_refused_and_not_cached(cli, copied):
+    path = copied / "model.safetensors"
     tensors = load_file(path)
     name = next(n for n in tensors if n.endswith("down_proj.weight"))
     tensors[name] = tensors[name].copy()
     tensors[name][0, 0] = np.nan
     save_file(tensors, path)
-    message = run(cli, folder).error(UNSUPPORTED)
+    message = run(cli, copied).error(UNSUPPORTED)
     assert "down" in message
     assert cli("cache", "list", "--json").json["entries"] == []
     assert not list(cli.cache.rglob("*.tmp"))
 
 
-def test_a_missing_tokenizer_is_told_for_a_text_prompt(cli, folder):
-    for path in folder.glob("tokenizer*"):
+def test_a_missing_tokenizer_is_told_for_a_text_prompt(cli, copied):
+    for path in copied.glob("tokenizer*"):
         path.unlink()
-    assert "tokenizer.json" in run(cli, folder).error(USAGE)
+    assert "tokenizer.json" in run(cli, copied).error(USAGE)
 
 
-def test_an_unknown_architecture_is_named(cli, folder):
-    edit_config(folder, model_type="rwkv")
-    assert "rwkv" in run(cli, folder).error(UNSUPPORTED)
+def test_an_unknown_architecture_is_named(cli, copied):
+    edit_config(copied, model_type="rwkv")
+    assert "rwkv" in run(cli, copied).error(UNSUPPORTED)
 
 
-def test_a_feature_that_is_not_supported_is_named(cli, folder):
-    edit_config(folder, quantization_config={"quant_method": "gptq"})
-    assert "quantised" in run(cli, folder).error(UNSUPPORTED)
+def test_a_feature_that_is_not_supported_is_named(cli, copied):
+    edit_config(copied, quantization_config={"quant_method": "gptq"})
+    assert "quantised" in run(cli, copied).error(UNSUPPORTED)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(cli):
@@ -107,8 +90,8 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(cli):
     assert context == 64
 
 
-def test_a_context_beyond_the_model_is_refused(cli, folder):
-    assert "512" in run(cli, folder, "--context", 100_000).error(USAGE)
+def test_a_context_beyond_the_model_is_refused(cli, copied):
+    assert "512" in run(cli, copied, "--context", 100_000).error(USAGE)
 
 
 def test_a_folder_that_does_not_exist_is_named(cli):
@@ -163,9 +146,9 @@ def test_a_wrong_flag_of_bench_is_named(cli, flags, named):
     assert named in cli("bench", *flags).error(USAGE)
 
 
-def test_errors_are_json_where_json_was_asked_for(cli, folder):
-    edit_config(folder, model_type="rwkv")
-    ended = run(cli, folder, "--json")
+def test_errors_are_json_where_json_was_asked_for(cli, copied):
+    edit_config(copied, model_type="rwkv")
+    ended = run(cli, copied, "--json")
     assert ended.code == UNSUPPORTED
     assert set(ended.json) == {"error"}
     error = ended.json["error"]
@@ -175,9 +158,9 @@ def test_errors_are_json_where_json_was_asked_for(cli, folder):
     assert ended.err == ""
 
 
-def test_the_traceback_is_shown_with_debug_alone(cli, folder):
-    edit_config(folder, model_type="rwkv")
-    ended = run(cli, folder, "--debug")
+def test_the_traceback_is_shown_with_debug_alone(cli, copied):
+    edit_config(copied, model_type="rwkv")
+    ended = run(cli, copied, "--debug")
     assert ended.code == UNSUPPORTED
     assert "Traceback" in ended.err
 
@@ -256,10 +239,10 @@ def test_text_is_utf_8_in_any_locale(cli, checkpoint):
     assert ids[0] == ids[1] == ids[2]
 
 
-def test_a_model_that_does_not_fit_says_which_option_would(cli, folder, monkeypatch):
-    memory = cli("inspect", folder, *REFERENCE, "--json").json["memory"]
+def test_a_model_that_does_not_fit_says_which_option_would(cli, copied, monkeypatch):
+    memory = cli("inspect", copied, *REFERENCE, "--json").json["memory"]
     need = {entry["format"]: entry["bytes_at_context"] for entry in memory}
     assert need["int8"] < need["bf16"]
     monkeypatch.setattr("flashformer.engine.llm.available_memory", lambda: need["int8"])
-    message = run(cli, folder).error(MEMORY)
+    message = run(cli, copied).error(MEMORY)
     assert "context=" in message or "int8" in message

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from command_line import CommandLine
 from flashformer import LLM
 from flashformer.codegen.cache import cache_dir
 from flashformer.engine.likelihood import measure_likelihood
@@ -20,11 +19,6 @@ from flashformer.quant.formats import FORMATS
 TEXT = HELD_OUT.read_text()[:6000]
 WINDOW = 200
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,12 @@
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from command_line import CommandLine
 from flashformer.serve import first_run
 from flashformer.serve import run as run_verb
 from flashformer.serve.load import LoadOptions
 from flashformer.serve.terminal import Terminal
 
 EMBEDDED = LoadOptions(None, "auto", None, None, 1)
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture

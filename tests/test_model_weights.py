@@ -1,6 +1,5 @@
 """Weights by role: every tensor of transformers once, in the right place; random weights alike."""
 
-import json
 import shutil
 
 import ml_dtypes
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints import FAMILIES, VARIANTS, make_checkpoint
+from checkpoints import FAMILIES, VARIANTS, edit_config, make_checkpoint
 from flashformer.errors import CheckpointError
 from flashformer.model.checkpoint import Checkpoint
 from flashformer.model.roles import FUSED_TENSORS, layer_roles, locate, model_roles, role_shape
@@ -38,13 +37,6 @@ def edit_tensors(source, folder, **changes):
     tensors |= {name: tensor for name, tensor in changes.items() if tensor is not None}
     kept = {name: t for name, t in tensors.items() if changes.get(name, t) is not None}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def edit_config(source, folder, **fields):
-    shutil.copytree(source, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
     return folder
 
 
@@ -180,10 +172,10 @@ def test_norms_may_be_of_another_float_dtype_than_projections(checkpoint, tmp_pa
         {"model_type": "phi3"},
     ],
 )
-def test_a_config_that_disagrees_with_the_weights_is_refused(checkpoint, tmp_path, fields):
-    folder = edit_config(checkpoint("llama"), tmp_path / "c", **fields)
+def test_a_config_that_disagrees_with_the_weights_is_refused(copied, fields):
+    edit_config(copied, **fields)
     with pytest.raises(CheckpointError, match=r"tensor|shape|holds"):
-        open_weights(folder)
+        open_weights(copied)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,6 @@ import subprocess
 
 import pytest
 
-from command_line import CommandLine
 from flashformer.errors import UsageError
 from flashformer.serve.benchmark.provenance import git_state, provenance, tree_id
 
@@ -80,8 +79,7 @@ def test_what_is_no_commit_is_refused(text):
         provenance(text or " ")
 
 
-def test_the_command_line_takes_a_commit(capsys, monkeypatch, tmp_path):
-    cli = CommandLine(capsys, monkeypatch, tmp_path / "cache")
+def test_the_command_line_takes_a_commit(cli):
     flags = ("bench", "--device", "cpu", "-p", 0, "-n", 2, "-r", 1, "--commit", COMMIT, "--json")
     ended = cli(*flags)
     assert ended.code == 0, ended.err

@@ -4,10 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
-from command_line import CommandLine
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PLACEHOLDER = "path/to/checkpoint"
@@ -21,11 +17,6 @@ def command_lines():
     """Every `flashformer ...` line, that of the set-up included."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     return [shlex.split(line.split("bin/")[-1]) for line in lines if "flashformer " in line]
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
 
 
 def test_the_python_example_runs(checkpoint, monkeypatch, tmp_path, capsys):

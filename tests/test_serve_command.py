@@ -12,13 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import CommandLine
 from serving import wait_until
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from command_line import CommandLine
 from fake_backend import fake_plan
 from fake_launches import ManyTokens
 from flashformer.errors import FlashFormerError, UsageError
@@ -45,10 +44,10 @@ def share(name, loaded, bound, depth=4):
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
+def cli(cli, monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setattr(suite_module, "READ_SECONDS", 0.01)
-    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
+    return cli
 
 
 def run(cli, monkeypatch, targets, *flags):

@@ -7,7 +7,6 @@ from statistics import median
 import numpy as np
 import pytest
 
-from command_line import CommandLine
 from flashformer.backends import open_backend
 from flashformer.codegen.instruments import MOMENTS, TRACKS, render_moments
 from flashformer.serve.benchmark.timeline import (
@@ -22,11 +21,6 @@ from flashformer.serve.benchmark.timeline import (
 NUMBER = {moment.name: i for i, moment in enumerate(MOMENTS)}
 LAYERS = 2
 BASE = 6001 * 2**48 - 500  # ns, as the GPU counts them; the lower 48 bits are about to wrap
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    return CommandLine(capsys, monkeypatch, tmp_path / "cache")
 
 
 def recorded(num_ctas=3, steps=3, cut=None):
