@@ -3,6 +3,7 @@
 python benchmarks/tables.py [--check]
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +45,9 @@ ABLATION = (
 )
 
 
+Line = tuple[tuple[str, ...], tuple[str, ...]]  # what tells cases apart, and the cells
+
+
 def main() -> None:
     """Rewrite the README and the picture, or with --check only say whether they are up to date."""
     results = load_results(RESULTS)
@@ -69,8 +73,8 @@ def tables(results: list[dict[str, Any]]) -> str:
         peer = result["peer"]["name"] if "peer" in result else ""
         heads[place] = tuple(line.format(peer=peer) for line in head)
         rows = newest.setdefault(place, {})
-        for case, line in rows_of(result):
-            rows[case] = (line, result["file"])
+        for case, cells in rows_of(result):
+            rows[case] = (f"| {' | '.join(cells)} |", result["file"])
     has_picture = any(kind == "suite" for _, kind in newest)
     parts = ["\n![Every model below the roof](docs/roofline.svg)\n"] if has_picture else []
     for place, rows in newest.items():
@@ -93,10 +97,9 @@ def title(result: dict[str, Any]) -> str:
     return f"**{cpu}, {threads} threads**"
 
 
-def comparison_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Case and line of every row of a comparison."""
+def comparison_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of every row of a comparison."""
     peer = result["peer"]["name"]
-    rows = []
     for pair in result["pairs"]:
         for test, speeds in pair["tok_s"].items():
             case = (result["model"]["name"], pair["format"], test)
@@ -109,13 +112,11 @@ def comparison_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]
                 f"{speeds[peer]:.2f}",
                 f"{pair['ratio'][test]:.2f}",
             )
-            rows.append((case, "| " + " | ".join(cells) + " |"))
-    return rows
+            yield case, cells
 
 
-def bench_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Case and line of every row of a plain benchmark."""
-    rows = []
+def bench_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of every row of a plain benchmark."""
     for row in result["rows"]:
         batch = f" b{row['batch']}" if row["batch"] > 1 else ""
         depth = f" @ d{row['depth']}" if row["depth"] else ""
@@ -127,24 +128,20 @@ def bench_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
             f"{row['gb_s']:.2f}",
             f"{row['share']:.0%}" if row["test"].startswith("tg") else "",
         )
-        rows.append((case, "| " + " | ".join(cells) + " |"))
-    return rows
+        yield case, cells
 
 
-def prompt_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Case and line of every prompt of a measurement of prefill."""
-    rows = []
+def prompt_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of every prompt of a measurement of prefill."""
     for model in result["models"]:
         for prompt in model["prompts"]:
             case = (model["name"], model["format"], str(prompt["tokens"]))
             cells = (*case, f"{prompt['first_token_ms']:.1f}", f"{prompt['tok_s']:.0f}")
-            rows.append((case, "| " + " | ".join(cells) + " |"))
-    return rows
+            yield case, cells
 
 
-def suite_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Case and line of every row of a suite."""
-    rows = []
+def suite_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of every row of a suite."""
     for model in result["models"]:
         limit = median(model["read_gb_s"]) if model["read_gb_s"] else 0.0
         for reached in model["reached"]:
@@ -161,8 +158,7 @@ def suite_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
                 "" if bound is None else f"{sign} {amount(reached['what'], bound)}",
                 {True: "yes", False: "no", None: ""}[reached["met"]],
             )
-            rows.append(((reached["name"],), "| " + " | ".join(cells) + " |"))
-    return rows
+            yield (reached["name"],), cells
 
 
 def amount(what: str, value: float) -> str:
@@ -172,9 +168,8 @@ def amount(what: str, value: float) -> str:
     return f"{value:.3f} x" if what == "step ratio" else f"p99 {value:.3f} x median"
 
 
-def baseline_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Case and line of every peer beside the whole-model kernel."""
-    rows = []
+def baseline_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of every peer beside the whole-model kernel."""
     for model in result["models"]:
         for peer in model["peers"]:
             case = (model["name"], str(model["context"]), peer["name"])
@@ -185,13 +180,11 @@ def baseline_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
                 f"{peer['share']:.1%}",
                 f"{peer['times_ours']:.2f} x",
             )
-            rows.append((case, "| " + " | ".join(cells) + " |"))
-    return rows
+            yield case, cells
 
 
-def ablation_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Case and line of every part that was taken out of the kernel."""
-    rows = []
+def ablation_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of every part that was taken out of the kernel."""
     for model in result["models"]:
         for variant in model["variants"]:
             case = (model["name"], variant["name"])
@@ -201,13 +194,11 @@ def ablation_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
                 f"{variant['share']:.1%}",
                 f"{variant['us_per_token'] - model['variants'][0]['us_per_token']:+.0f}",
             )
-            rows.append((case, "| " + " | ".join(cells) + " |"))
-    return rows
+            yield case, cells
 
 
-def neighbour_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Case and line of each engine beside a busy neighbour."""
-    rows = []
+def neighbour_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of each engine beside a busy neighbour."""
     for engine, found in result["samples"].items():
         case = (result["model"]["name"], result["format"], engine)
         cells = (
@@ -216,8 +207,7 @@ def neighbour_rows(result: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
             f"{median(found['beside']):.2f}",
             f"{result['kept'][engine]:.0%}",
         )
-        rows.append((case, "| " + " | ".join(cells) + " |"))
-    return rows
+        yield case, cells
 
 
 KINDS = {
