@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flashformer.backends.base import Backend, Fit, Timed
-    from flashformer.codegen.image_file import Progress
     from flashformer.model.spec import ModelSpec
     from flashformer.model.weights import WeightSource
     from flashformer.plan.machine import Machine
+    from flashformer.plan.pack import Progress
     from flashformer.plan.plan import PlanOptions
 
 DEVICES = ("auto", "cpu", "cuda", "reference")

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flashformer.codegen.image_file import Image, Progress, map_image, write_image
+from flashformer.codegen.image_file import map_image, write_image
 from flashformer.errors import OutOfMemoryError
 from flashformer.model.weights import WeightSource
-from flashformer.plan.pack import IncompressibleError, pack
+from flashformer.plan.pack import Image, IncompressibleError, Progress, pack
 from flashformer.plan.plan import Plan
 
 KINDS = ("images", "kernels")  # the cache's folders

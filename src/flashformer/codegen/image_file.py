@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Image = npt.NDArray[np.uint8]
-Progress = Callable[[str, int, int], None]
+from flashformer.plan.pack import Image, Progress
 
 MAGIC = b"FFIMAGE2"
 TRAILER_BYTES = 32 + 8 + len(MAGIC)

@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,11 +40,10 @@ from flashformer.model.checkpoint import Checkpoint
 from flashformer.model.default import default_checkpoint
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import CheckpointWeights
+from flashformer.plan.pack import Progress
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.plan.planner import longest_context
 from flashformer.quant.formats import QUANTS, head_format
-
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 DEFAULT_CONTEXT = 4096
 

@@ -14,6 +14,7 @@ from flashformer.model.default import default_checkpoint
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import CheckpointWeights
 from flashformer.plan.machine import Machine
+from flashformer.plan.pack import Progress
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.plan.planner import longest_context
 from flashformer.quant.formats import QUANTS, head_format
@@ -41,17 +42,22 @@ def load_llm(options: LoadOptions, terminal: Terminal) -> LLM:
     """Load the model with progress bars; says so if it is the embedded default."""
     if options.model is None:
         terminal.note_once(EMBEDDED)
-    llm = LLM(
+    llm = open_llm(options, terminal.progress)
+    terminal.clear()
+    return llm
+
+
+def open_llm(options: LoadOptions, progress: Progress) -> LLM:
+    """Load the model."""
+    return LLM(
         options.model,
         device=options.device,
         max_batch=options.max_batch,
         context=options.context,
         quant=options.quant,
         threads=options.threads,
-        progress=terminal.progress,
+        progress=progress,
     )
-    terminal.clear()
-    return llm
 
 
 def open_checkpoint(model: str | None) -> Checkpoint:

@@ -19,12 +19,11 @@ from flashformer.backends.cpu.compile import compile_kernel
 from flashformer.backends.cpu.machine import cpu_machine
 from flashformer.codegen.cache import load_image
 from flashformer.codegen.header import kv_page_elements
-from flashformer.codegen.image_file import Progress
 from flashformer.codegen.step_args import StepArgs
 from flashformer.errors import CompileError, FlashFormerError, OutOfMemoryError, UsageError
 from flashformer.model.spec import ModelSpec
 from flashformer.model.weights import WeightSource
-from flashformer.plan.pack import Image, IncompressibleError
+from flashformer.plan.pack import Image, IncompressibleError, Progress
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
 
 BUFFERS = ("hidden", "q", "attended", "activated")  # in the order of decoder_buffer

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flashformer.backends.base import Int32
+from flashformer.plan.pack import Progress
 from flashformer.serve.benchmark.cases import Case
 from flashformer.serve.benchmark.steps import Steps
 
@@ -27,7 +28,7 @@ def measure(
     cases: list[Case],
     repeats: int,
     read_bandwidth: Callable[[], float],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Measured:
     """Run `repeats` rounds: each case once, a read of the memory before it; then from the start.
 

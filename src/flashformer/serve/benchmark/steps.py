@@ -4,7 +4,7 @@ Backend -> seconds and logits
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
@@ -23,6 +23,7 @@ from flashformer.backends.base import (
 )
 from flashformer.errors import FlashFormerError, UsageError
 from flashformer.plan.machine import Machine
+from flashformer.plan.pack import Progress
 from flashformer.serve.benchmark.cases import Case
 
 _SEED = 20250522  # of the random ids: the same prompt in every run
@@ -88,7 +89,7 @@ class Steps:
         positions = np.full(len(slots), position, np.int32)
         return self.rows(ids, positions, slots, np.arange(len(slots), dtype=np.int32))
 
-    def fill(self, depths: Sequence[int], progress: Callable[[str, int, int], None]) -> None:
+    def fill(self, depths: Sequence[int], progress: Progress) -> None:
         """Give each slot so many positions of real keys and values."""
         for slot, depth in enumerate(depths):
             progress("filling contexts", slot, len(depths))

@@ -73,6 +73,13 @@ STRUCTURED_OUTPUTS = Field(
     "the same in vLLM's words; grammar is lark",
     structured_outputs,
 )
+PARALLEL_TOOL_CALLS = Field(
+    "parallel_tool_calls",
+    "true or false",
+    "whether an answer may hold several calls",
+    boolean,
+    default=True,
+)
 TEMPLATE_KWARGS_FIELD = Field(
     "chat_template_kwargs",
     f"an object with names of {', '.join(TEMPLATE_KWARGS)}",
@@ -124,13 +131,7 @@ FIELDS = (
         "whether it must call; required and a function are held by a grammar",
         openai_choice,
     ),
-    Field(
-        "parallel_tool_calls",
-        "true or false",
-        "whether an answer may hold several calls",
-        boolean,
-        default=True,
-    ),
+    PARALLEL_TOOL_CALLS,
     RESPONSE_FORMAT,
     STRUCTURED_OUTPUTS,
     Field(

@@ -12,6 +12,7 @@ from flashformer.serve.protocol.asked import Asked, read_request, refusing, requ
 from flashformer.serve.protocol.body import read_body
 from flashformer.serve.protocol.chat import (
     EFFORTS,
+    PARALLEL_TOOL_CALLS,
     STRUCTURED_OUTPUTS,
     TEMPLATE_KWARGS_FIELD,
     answer_rules,
@@ -22,7 +23,6 @@ from flashformer.serve.protocol.common_fields import CHOICE, END, MODEL, STOP, S
 from flashformer.serve.protocol.fields import (
     MAX_TEXT_BYTES,
     Field,
-    boolean,
     integer,
     items,
     mapping,
@@ -77,13 +77,7 @@ FIELDS = (
     Field(
         "tool_choice", "none, auto, required or a function", "whether it must call", openai_choice
     ),
-    Field(
-        "parallel_tool_calls",
-        "true or false",
-        "whether an answer may hold several calls",
-        boolean,
-        default=True,
-    ),
+    PARALLEL_TOOL_CALLS,
     Field("text", "an object", "`format`: text, json_object, json_schema or regex", _text),
     STRUCTURED_OUTPUTS,
     Field("reasoning", "an object", "`effort`: a variable of the chat template", _reasoning),

@@ -6,13 +6,14 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from flashformer.engine.chat import ChatTemplates
 from flashformer.engine.tokenizer import Tokenizer
+from flashformer.plan.pack import Progress
 from flashformer.serve.server import wire
 from flashformer.serve.server.encoding import Encoders
 from flashformer.serve.server.flight import Flight, require_room
@@ -43,9 +44,7 @@ class EngineClient:
     engine is lost, the next one gets every open request with the tokens that it had.
     """
 
-    def __init__(
-        self, options: ServeOptions, on_progress: Callable[[str, int, int], None] | None = None
-    ) -> None:
+    def __init__(self, options: ServeOptions, on_progress: Progress | None = None) -> None:
         self.limits: Limits = options.limits
         self.metrics = Metrics()
         self._supervisor = Supervisor(options, self, on_progress or (lambda *_: None))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import uvicorn
 
 from flashformer.errors import UsageError
+from flashformer.plan.pack import Progress
 from flashformer.serve.failure import EXIT_INTERRUPTED, EXIT_OK
 from flashformer.serve.server import wire
 from flashformer.serve.server.app import make_app
@@ -38,7 +39,7 @@ class Server:
         options: ServeOptions,
         endpoints: Mapping[str, Endpoint],
         *,
-        on_progress: Callable[[str, int, int], None] | None = None,
+        on_progress: Progress | None = None,
         on_ready: Callable[[wire.Ready, str], None] | None = None,
     ) -> None:
         """Bind the address; nothing is loaded yet. Raises `UsageError` for one that is not safe."""
@@ -99,7 +100,7 @@ def serve(
     options: ServeOptions,
     endpoints: Mapping[str, Endpoint],
     *,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
     on_ready: Callable[[wire.Ready, str], None] | None = None,
 ) -> int:
     """Run a server in this thread until a signal ends it."""

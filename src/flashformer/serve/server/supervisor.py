@@ -8,12 +8,13 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 import msgspec
 
 from flashformer.errors import FlashFormerError
+from flashformer.plan.pack import Progress
 from flashformer.serve.server import wire
 from flashformer.serve.server.child import Child, start_child
 from flashformer.serve.server.settings import ServeOptions
@@ -66,7 +67,7 @@ class Supervisor:
         self,
         options: ServeOptions,
         owner: Owner,
-        on_progress: Callable[[str, int, int], None],
+        on_progress: Progress,
     ) -> None:
         self._arguments = [msgspec.json.encode(options.load).decode(), options.name or ""]
         self._limits = options.limits

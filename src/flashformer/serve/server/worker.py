@@ -26,7 +26,7 @@ from flashformer.engine.sequence import Delta, Request
 from flashformer.errors import ContextLengthError, ParameterError, UsageError
 from flashformer.plan.plan import Plan
 from flashformer.serve.failure import failure_of
-from flashformer.serve.load import LoadOptions
+from flashformer.serve.load import LoadOptions, open_llm
 from flashformer.serve.server import wire
 from flashformer.serve.server.child import open_channel, settle
 from flashformer.serve.server.grammars import GrammarQueue
@@ -225,15 +225,7 @@ def load(options: LoadOptions, channel: wire.Channel) -> LLM:
             told[what] = now
             channel.send(wire.Loading(what, done, total))
 
-    return LLM(
-        options.model,
-        device=options.device,
-        max_batch=options.max_batch,
-        context=options.context,
-        quant=options.quant,
-        threads=options.threads,
-        progress=progress,
-    )
+    return open_llm(options, progress)
 
 
 def describe(llm: LLM, name: str, *, is_embedded: bool) -> ModelInfo:
