@@ -95,7 +95,15 @@ def test_a_row_can_be_picked_and_a_pattern_that_fits_nothing_is_refused(cli, mon
         targets_of("h200", "nothing-*")
     with pytest.raises(UsageError, match="--suite takes"):
         targets_of("h100", None)
-    assert "models of its own" in cli("bench", "x", "--suite", "h200").error(2)
+    assert "of its own" in cli("bench", "x", "--suite", "h200").error(2)
+    assert "of its own" in cli("bench", "--suite", "h200", "--quant", "int8").error(2)
+    assert "md or json" in cli("bench", "--suite", "h200", "-o", "csv").error(2)
+    assert "give --suite" in cli("bench", "--only", "8b-*").error(2)
+
+
+def test_a_suite_for_a_gpu_does_not_start_on_a_cpu_by_itself(cli, monkeypatch):
+    monkeypatch.setattr("flashformer.backends._has_gpu", lambda: False)
+    assert "none was found" in cli("bench", "--suite", "h200").error(2)
 
 
 def test_a_format_that_the_build_lacks_is_left_out_and_no_error(cli, monkeypatch):

@@ -96,9 +96,13 @@ def bench(
     where_from = provenance(commit)
     as_json = as_json or output == "json"
     if suite is not None:
-        if model is not None or model_shape is not None or output in ("csv", "jsonl"):
-            raise UsageError("--suite has models of its own and prints md or json")
+        if any(given is not None for given in (model, model_shape, quant)):
+            raise UsageError("--suite has models and formats of its own; give --only to choose")
+        if output in ("csv", "jsonl"):
+            raise UsageError(f"--suite prints md or json, not {output}")
         return run_suite(suite, only, save, repeats, device, where_from, as_json, quiet)
+    if only is not None:
+        raise UsageError("--only chooses rows of a suite; give --suite with it")
     cases = make_cases(
         parse_numbers("-p", prompts),
         parse_numbers("-n", generations),
@@ -136,6 +140,11 @@ def run_suite(
     """Measure a suite; its rows are told and saved as they come. Exits with 1 if a model failed."""
     targets = targets_of(suite, only)
     machine = machine_of(device, find_model(None, targets[0].loaded.shape).spec)
+    if device == "auto" and machine.kind != "cuda":
+        raise UsageError(
+            f"the targets of suite {suite} are a GPU's and none was found; --device cpu measures "
+            "its models all the same, which takes hours"
+        )
     document = {
         "schema": 1,
         "kind": "suite",
