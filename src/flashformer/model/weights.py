@@ -91,7 +91,7 @@ class CheckpointWeights:
 
     def __post_init__(self) -> None:
         expected = set()
-        for layer, role in _every_role(self.spec):
+        for layer, role in every_role(self.spec):
             part = locate(self.spec, role, layer)
             self._check(part)
             expected.add(part.name)
@@ -207,6 +207,7 @@ class AnyWeights(RandomWeights):
     __slots__ = ()
 
 
-def _every_role(spec: ModelSpec) -> list[tuple[int, str]]:
+def every_role(spec: ModelSpec) -> list[tuple[int, str]]:
+    """Layer (-1: none) and role of every tensor of a model."""
     layers = [(i, role) for i, layer in enumerate(spec.layers) for role in layer_roles(layer)]
     return [(-1, role) for role in model_roles(spec)] + layers

@@ -29,12 +29,14 @@ from flashformer.codegen.cuda_header import slot_bytes
 from flashformer.codegen.exchange import exchange, exchange_bytes
 from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
+from flashformer.plan.pack import Progress
 from flashformer.plan.plan import Plan
 
 NUM_WARPS = 10  # eight consumers, the finisher, the producer
 MAX_SLOTS = 24  # of the ring: kernel/cta.cuh
 IN_FLIGHT_BYTES = 65536  # on their way to a CTA: more only lengthens queues in the memory system
 NO_EPOCH = 0xFFFFFFFF  # what poisoned buffers hold
+MOVED_BYTES = 1 << 28  # to the GPU at once, between two words to whoever waits
 PREFILL_PASSES = 3  # over the weights by `Prefill`: it reads the image, writes the slab, reads it
 
 
@@ -58,16 +60,19 @@ class CudaBackend:
         image: npt.NDArray[np.uint8] | torch.Tensor,
         num_pages: int,
         instruments: Instruments = NONE,
+        progress: Progress | None = None,
     ) -> None:
         """`image` [plan.image_bytes] in host or device memory; it is not kept if it is the host's.
 
-        With `instruments.trace_moments` the last launch's timeline lies in `trace`.
+        `progress` hears of compiling and of moving the image to the GPU, see `pack`. With
+        `instruments.trace_moments` the last launch's timeline lies in `trace`.
         """
         self._plan = plan
         self._num_pages = num_pages
         self._device = torch.device("cuda", 0)
         self._stream = torch.cuda.current_stream(self._device)  # makes the context current
         self._instruments = instruments
+        self._progress = progress or (lambda *_: None)
         self._kernels = self._load_decoders()
         for rows in self._kernels:
             self.num_slots(rows)  # enough of them, or an error
@@ -332,11 +337,13 @@ class CudaBackend:
             return compile_kernel(self._plan, "decode", self._instruments, rows)
 
         classes = [rows for rows in ROW_CLASSES if rows <= self._plan.machine.max_rows]
+        found: dict[int, Kernel] = {}
+        self._progress("compiling", 0, len(classes))
         with ThreadPoolExecutor() as pool:
-            cubins = list(pool.map(compile_for, classes))
-        return {
-            rows: self._load("decode", cubin) for rows, cubin in zip(classes, cubins, strict=True)
-        }
+            for rows, cubin in zip(classes, pool.map(compile_for, classes), strict=True):
+                found[rows] = self._load("decode", cubin)
+                self._progress("compiling", len(found), len(classes))
+        return found
 
     def _load(self, name: str, cubin: Cubin) -> Kernel:
         kernel = Kernel(cubin, name, 32 * NUM_WARPS, self._plan.machine.shared_bytes)
@@ -347,7 +354,10 @@ class CudaBackend:
         if isinstance(image, torch.Tensor):
             return image.to(self._device)
         moved = torch.empty(image.nbytes, dtype=torch.uint8, device=self._device)
-        check(driver.cuMemcpyHtoD(moved.data_ptr(), image.ctypes.data, image.nbytes))
+        for first in range(0, image.nbytes, MOVED_BYTES):
+            part = image[first : first + MOVED_BYTES]
+            check(driver.cuMemcpyHtoD(moved.data_ptr() + first, part.ctypes.data, part.nbytes))
+            self._progress("moving to the GPU", first + part.nbytes, image.nbytes)
         return moved
 
     def _zeros(self, shape: int | tuple[int, ...], dtype: Any = torch.uint8) -> torch.Tensor:

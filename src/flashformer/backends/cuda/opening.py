@@ -54,7 +54,7 @@ def open_cuda(
         if isinstance(weights, AnyWeights)
         else load_image(plan, weights, progress=progress)
     )
-    backend = CudaBackend(plan, image, num_pages, instruments)
+    backend = CudaBackend(plan, image, num_pages, instruments, progress)
     backend.warm_up()
     return backend
 
