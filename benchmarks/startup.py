@@ -46,7 +46,8 @@ def main() -> None:
         nbytes = write_checkpoint(checkpoint, options.shape)
         runs = [measured(checkpoint, cache, options.device) for _ in range(1 + options.times)]
     found = summary(runs)
-    result |= {"shape": options.shape, "device": options.device, "bytes": nbytes, **found}
+    result |= {"shape": options.shape, "bytes": nbytes, **found}
+    result["gpu" if options.device == "cuda" else "cpu"] = {"name": runs[0]["machine"]}
     result["runs"] = runs
     path = options.output or new_path(runs[0]["machine"], f"{options.shape}-startup")
     save(path, result)

@@ -39,6 +39,10 @@ BASELINES = (
     "| model | context | decoded by | tok/s | µs/token | share of limit | time against ours |",
     "|---|---:|---|---:|---:|---:|---:|",
 )
+STARTUP = (
+    "| model | loading | seconds | at most |",
+    "|---|---|---:|---:|",
+)
 ABLATION = (
     "| model | the kernel | µs/token | share of limit | against the kernel, µs |",
     "|---|---|---:|---:|---:|",
@@ -64,25 +68,30 @@ def with_tables(readme: str, results: list[dict[str, Any]]) -> str:
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """One table for each machine and kind of result; of equal cases the newest counts."""
+    """One table for each kind of result and machine; of equal cases the newest counts."""
     newest: dict[tuple[str, str], dict[tuple[str, ...], tuple[str, str]]] = {}
     heads: dict[tuple[str, str], tuple[str, ...]] = {}
-    for result in results:
-        place = (title(result), result["kind"])
-        head, rows_of = KINDS.get(result["kind"], (ALONE, bench_rows))
+    order = [*KINDS]
+    for result in sorted(results, key=lambda result: order.index(result["kind"])):
+        subject, head, rows_of = KINDS[result["kind"]]
+        place = (subject, title(result))
         peer = result["peer"]["name"] if "peer" in result else ""
         heads[place] = tuple(line.format(peer=peer) for line in head)
         rows = newest.setdefault(place, {})
         for case, cells in rows_of(result):
             rows[case] = (f"| {' | '.join(cells)} |", result["file"])
-    has_picture = any(kind == "suite" for _, kind in newest)
+    has_picture = any(result["kind"] == "suite" for result in results)
     parts = ["\n![Every model below the roof](docs/roofline.svg)\n"] if has_picture else []
+    subjects: set[str] = set()
     for place, rows in newest.items():
+        if place[0] not in subjects:
+            parts.append(f"\n### {place[0]}\n")
+        subjects.add(place[0])
         files = sorted({file for _, file in rows.values()})
         links = ", ".join(
             f"[{number}](benchmarks/results/{f})" for number, f in enumerate(files, 1)
         )
-        lines = [f"\n{place[0]} (files {links}):\n", *heads[place]]
+        lines = [f"\n{place[1]} (files {links}):\n", *heads[place]]
         parts.append("\n".join([*lines, *(line for line, _ in rows.values())]) + "\n")
     return "".join(parts) + "\n" if parts else "\nNo result file is checked in yet.\n\n"
 
@@ -91,9 +100,9 @@ def title(result: dict[str, Any]) -> str:
     """The machine in a few words."""
     if "gpu" in result:
         return f"**{result['gpu']['name']}**"
-    compares = result["kind"] in KINDS
-    cpu = result["system" if compares else "machine"]["cpu"]
-    threads = result["threads"] if compares else result["machine"]["threads"]
+    alone = result["kind"] == "bench"
+    cpu = result["machine" if alone else "system"]["cpu"]
+    threads = result["machine"]["threads"] if alone else result["threads"]
     return f"**{cpu}, {threads} threads**"
 
 
@@ -197,6 +206,17 @@ def ablation_rows(result: dict[str, Any]) -> Iterator[Line]:
             yield case, cells
 
 
+def startup_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of each part of a start."""
+    for what, words in STARTS.items():
+        limit = result["limits"].get(what)
+        seconds = f"{result['seconds'][what]:.2f}"
+        yield (
+            (result["shape"], what),
+            (result["shape"], words, seconds, "" if limit is None else f"{limit:.0f}"),
+        )
+
+
 def neighbour_rows(result: dict[str, Any]) -> Iterator[Line]:
     """Case and cells of each engine beside a busy neighbour."""
     for engine, found in result["samples"].items():
@@ -210,13 +230,23 @@ def neighbour_rows(result: dict[str, Any]) -> Iterator[Line]:
         yield case, cells
 
 
+STARTS = {
+    "compile": "compiling a new model",
+    "load": "all of its first load, packing included",
+    "compile_known": "finding its kernel again",
+    "load_known": "all of a later load",
+    "first_token_known": "from the start of Python to the first token",
+}
+# kind of a result -> heading, the table's head, its rows; in the README's order
 KINDS = {
-    "comparison": (COMPARISON, comparison_rows),
-    "neighbour": (NEIGHBOUR, neighbour_rows),
-    "prefill": (PROMPTS, prompt_rows),
-    "suite": (SUITE, suite_rows),
-    "baselines": (BASELINES, baseline_rows),
-    "ablation": (ABLATION, ablation_rows),
+    "suite": ("Decoding, as a share of what the memory gives", SUITE, suite_rows),
+    "baselines": ("The same model, decoded by others", BASELINES, baseline_rows),
+    "prefill": ("Prompts", PROMPTS, prompt_rows),
+    "ablation": ("What each idea of the kernel is worth", ABLATION, ablation_rows),
+    "startup": ("From files to the first token", STARTUP, startup_rows),
+    "comparison": ("In turns with a peer, on a CPU", COMPARISON, comparison_rows),
+    "neighbour": ("Beside a busy neighbour, on a CPU", NEIGHBOUR, neighbour_rows),
+    "bench": ("Alone", ALONE, bench_rows),
 }
 
 
