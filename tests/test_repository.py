@@ -132,6 +132,11 @@ def test_the_tables_of_the_verification_are_those_of_the_result_files():
     assert subprocess.run(check, check=False).returncode == 0, "run benchmarks/verification.py"
 
 
+def test_the_server_s_bars_are_those_of_the_result_files():
+    check = [sys.executable, str(ROOT / "benchmarks" / "server_bars.py"), "--check"]
+    assert subprocess.run(check, check=False).returncode == 0, "run benchmarks/server_bars.py"
+
+
 def test_the_waterfall_s_tables_are_those_of_the_result_files():
     check = [sys.executable, str(ROOT / "benchmarks" / "waterfall.py"), "--check"]
     assert subprocess.run(check, check=False).returncode == 0, "run benchmarks/waterfall.py"

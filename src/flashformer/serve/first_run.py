@@ -48,7 +48,7 @@ def quick_start(options: LoadOptions, terminal: Terminal) -> Start:
     except CompileError as error:
         terminal.note(f"the slow reference backend answers. {error}")
         can_compile = False
-    # More threads make products of this size no faster, and five times slower beside other work.
+    # More threads make products of this size no faster, and beside other work several times slower.
     threadpool_limits(1, user_api="blas")
     return Start(replace(options, device="reference"), kernel_is_missing=can_compile)
 
