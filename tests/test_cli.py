@@ -296,7 +296,8 @@ def test_every_verb_has_help_and_the_version_is_the_package_s(cli):
 
 
 def test_ctrl_c_ends_a_run_with_130_and_the_text_so_far(cli):
-    command = [sys.executable, "-m", "flashformer", "run", "x", *REFERENCE]
+    long = "import"  # has no end but that of the context
+    command = [sys.executable, "-m", "flashformer", "run", long, *REFERENCE]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ.copy()
     )

@@ -144,12 +144,12 @@ def _run(serve_options: "ServeOptions", terminal: Terminal) -> int:
         terminal.clear()
         info = ready.info
         terminal.note(
-            f"model    {info.model_id} ({info.format} on {info.device}, {info.machine}); "
+            f"model   {info.model_id} ({info.format} on {info.device}, {info.machine}); "
             f"up to {info.max_batch} texts at a time"
         )
-        terminal.note(f"memory   {ready.memory}")
-        terminal.note(f"listens  {url} ({key_sentence(len(serve_options.api_keys))})")
-        terminal.note(f"try      {url} in a browser, or curl {url}/v1/models")
+        terminal.note(f"memory  {ready.memory}")
+        terminal.note(f"listens {url} ({key_sentence(len(serve_options.api_keys))})")
+        terminal.note(f"try     {url} in a browser, or curl {url}/v1/models")
 
     if not terminal.quiet:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
@@ -168,7 +168,7 @@ def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:
     for key in given:
         if key == AUTO_KEY:
             key = f"ff-{secrets.token_urlsafe(24)}"
-            Terminal().note(f"API key  {key}")
+            Terminal().note(f"API key {key}")
         keys.append(key)
     if file is not None:
         try:

@@ -91,11 +91,11 @@ class Terminal:
         return not self.quiet and sys.stderr.isatty() and "NO_COLOR" not in os.environ
 
     def note(self, text: str) -> None:
-        """Tell something that is worth a line; nothing with `--quiet`."""
+        """Tell something that is worth a line, its columns as they are; nothing with `--quiet`."""
         if self.quiet:
             return
         self.clear()
-        sys.stderr.write(one_line(text) + "\n")
+        sys.stderr.write(" ".join(text.splitlines()) + "\n")
         sys.stderr.flush()
 
     def note_once(self, text: str) -> None:
