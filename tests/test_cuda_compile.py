@@ -1,6 +1,7 @@
 """The CUDA kernel compiles for every architecture, without a GPU and without spilled registers."""
 
 import itertools
+import sys
 
 import pytest
 
@@ -8,7 +9,7 @@ from flashformer.backends.cuda.compile import Resources, build_cubin
 from flashformer.backends.cuda.geometry import activation_bytes
 from flashformer.backends.cuda.machine import MIN_SLOTS, Device, fit_machine, text_before_zero
 from flashformer.codegen.cuda_header import render_cuda, slot_bytes
-from flashformer.errors import UnsupportedModelError, UsageError
+from flashformer.errors import CompileError, UnsupportedModelError, UsageError
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
 from flashformer.plan.plan import Plan, PlanOptions, make_plan
@@ -129,6 +130,20 @@ def test_the_stream_kernel_compiles():
     plan = plan_for("sm_90a", "llama-3.2-1b")
 
     assert build_cubin(render_cuda(plan), "stream", "sm_90a").resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/no/such/python"])
+def test_a_process_of_its_own_compiles_the_same(python, monkeypatch):
+    header = render_cuda(plan_for("sm_90a", "llama-3.2-1b"))
+    here = build_cubin(header, "stream", "sm_90a")
+    monkeypatch.setattr(sys, "executable", python)
+
+    assert build_cubin(header, "stream", "sm_90a", apart=True) == here
+
+
+def test_what_nvrtc_refuses_is_said_from_a_process_of_its_own_too():
+    with pytest.raises(CompileError, match=r"(?s)refused the CUDA kernel for sm_90a.*not_a_number"):
+        build_cubin("not_a_number x;", "stream", "sm_90a", apart=True)
 
 
 def test_a_gpu_s_name_ends_at_its_zero_whatever_the_driver_leaves_behind_it():

@@ -334,7 +334,7 @@ class CudaBackend:
         """One kernel a row class, compiled side by side."""
 
         def compile_for(rows: int) -> Cubin:
-            return compile_kernel(self._plan, "decode", self._instruments, rows)
+            return compile_kernel(self._plan, "decode", self._instruments, rows, apart=True)
 
         classes = [rows for rows in ROW_CLASSES if rows <= self._plan.machine.max_rows]
         found: dict[int, Kernel] = {}

@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from flashformer.backends.cuda import nvrtc
 from flashformer.backends.cuda.program import build_program
 from flashformer.backends.cuda.validate import check_program
 from flashformer.codegen.cache import compiled
@@ -16,6 +18,7 @@ from flashformer.plan.plan import Plan
 
 HERE = Path(__file__).parent
 KERNEL = HERE / "kernel"
+T = TypeVar("T")
 PROOF = ("clocks.py", "geometry.py", "program.py", "validate.py")
 
 
@@ -41,66 +44,69 @@ def compile_kernel(
     name: str = "decode",
     instruments: Instruments = NONE,
     rows: int | None = None,
+    *,
+    apart: bool = False,
 ) -> Cubin:
     """kernel/`name`.cu compiled for `plan.machine.arch`, from the cache or now.
+
+    `apart`: in a process of its own, so that threads can compile side by side.
 
     The decoder is compiled only for a plan whose program is proven to end (`validate`); with the
     kernel, the proof is in the cache. Raises `PlanError`, or `CompileError` with NVRTC's log.
     """
-    from cuda.bindings import nvrtc
-
     header = render_cuda(plan, instruments, rows)
-    status, *version = nvrtc.nvrtcVersion()
-    _check(status)
-    key = [f"nvrtc {version}", plan.machine.arch, name, header]
+    key = [_run(nvrtc.version), plan.machine.arch, name, header]
     sources = [*sorted(KERNEL.iterdir()), *(HERE / name for name in PROOF)]
-    key += [text for path in sources for text in (path.name, path.read_text())]
+    key += [text for path in sources for text in (path.name, path.read_text("utf-8"))]
 
     def build(folder: Path) -> None:
         if name == "decode":
             check_program(build_program(plan))
         watched = instruments.every_lane_arrives
-        cubin = build_cubin(header, name, plan.machine.arch, lines=watched)
+        cubin = build_cubin(header, name, plan.machine.arch, lines=watched, apart=apart)
         (folder / "config.h").write_text(header)
         (folder / "resources.json").write_text(json.dumps(asdict(cubin.resources)))
         (folder / "kernel.cubin").write_bytes(cubin.code)
 
     folder = compiled(f"cuda-{name}-{plan.machine.arch}", key, build)
-    resources = Resources(**json.loads((folder / "resources.json").read_text()))
+    resources = Resources(**json.loads((folder / "resources.json").read_text("utf-8")))
     return Cubin((folder / "kernel.cubin").read_bytes(), resources)
 
 
 def build_cubin(
-    header: str, name: str, arch: str, folder: Path | None = None, *, lines: bool = False
+    header: str,
+    name: str,
+    arch: str,
+    folder: Path | None = None,
+    *,
+    lines: bool = False,
+    apart: bool = False,
 ) -> Cubin:
     """Compile `name`.cu with `header` as config.h and all of kernel/ beside it.
 
     `folder`: where it lies (default: kernel/). `lines`: sanitizers can name lines of the source.
-    Raises `CompileError`.
+    `apart`: in a process of its own, see `nvrtc`. Raises `CompileError`.
     """
-    from cuda.bindings import nvrtc
-
-    headers = {path.name: path.read_bytes() for path in sorted(KERNEL.glob("*.cu*"))}
-    headers["config.h"] = header.encode()
-    source = ((folder or KERNEL) / f"{name}.cu").read_bytes()
-    names = [n.encode() for n in headers]
-    status, program = nvrtc.nvrtcCreateProgram(
-        source, f"{name}.cu".encode(), len(headers), list(headers.values()), names
-    )
-    _check(status)
+    headers = {path.name: path.read_text("utf-8") for path in sorted(KERNEL.glob("*.cu*"))}
+    headers["config.h"] = header
+    source = ((folder or KERNEL) / f"{name}.cu").read_text("utf-8")
     options = [f"--gpu-architecture={arch}", "--std=c++20", "--ptxas-options=-v"]
     options += ["--generate-line-info"] * lines
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-    log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
-    text = log.rstrip(b"\0").decode(errors="replace").strip()
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+    compile_it = nvrtc.compile_apart if apart else nvrtc.compile_here
+    status, log, code = _run(compile_it, source, f"{name}.cu", headers, options)
+    if status != nvrtc.SUCCESS:
         raise CompileError(
             f"NVRTC refused the CUDA kernel for {arch}; version 13 of nvidia-cuda-nvrtc or later "
-            f"is expected: {text}"
+            f"is expected: {log}"
         )
-    code = _read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
-    nvrtc.nvrtcDestroyProgram(program)
-    return Cubin(code, _resources(text))
+    return Cubin(code, _resources(log))
+
+
+def _run(call: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return call(*arguments)
+    except (ImportError, RuntimeError) as error:
+        raise CompileError(f"NVRTC failed ({error}); reinstall nvidia-cuda-nvrtc") from error
 
 
 def _resources(log: str) -> Resources:
@@ -108,17 +114,3 @@ def _resources(log: str) -> Resources:
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     shared = [int(n) for n in re.findall(r"(\d+) bytes smem", log)]
     return Resources(max(registers, default=0), sum(spills), max(shared, default=0))
-
-
-def _read(program: Any, size_of: Any, read: Any) -> bytes:
-    status, size = size_of(program)
-    _check(status)
-    buffer = bytes(int(size))
-    (status,) = read(program, buffer)
-    _check(status)
-    return bytes(buffer)
-
-
-def _check(status: Any) -> None:
-    if int(status) != 0:
-        raise CompileError(f"NVRTC failed ({status.name}); reinstall nvidia-cuda-nvrtc")
