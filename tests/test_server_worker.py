@@ -47,7 +47,7 @@ def test_ended_and_cancelled_requests_do_not_wait_for_the_garbage_collector(chan
         channel.send(wire.Submit(key, ((5, 9), (4,)), params))
 
     def alive():
-        return sum(isinstance(thing, Request) for thing in gc.get_objects())
+        return sum(type(thing) is Request for thing in gc.get_objects())
 
     gc.collect()
     gc.disable()

@@ -82,7 +82,7 @@ def _check_options(spec: ModelSpec, machine: Machine, options: PlanOptions) -> N
     if not 1 <= options.max_batch <= machine.max_rows:
         raise UsageError(
             f"A batch of {options.max_batch} sequences is not possible on {machine.name}; "
-            f"choose 1 to {machine.max_rows}."
+            f"choose a max_batch (--max-batch) of 1 to {machine.max_rows}."
         )
 
 

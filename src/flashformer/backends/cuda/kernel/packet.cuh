@@ -4,7 +4,7 @@
 // written once a layer, with tags 0, 1, 0, ... from the launch's start (the host fills the exchange with ones before).
 // A reader polls until it sees the tag it expects. It can be at most one use behind the writer: a place is written
 // again only by a CTA whose input depends, through the hand-offs between, on every reader of the last use
-// (docs/kernel.md has the chain for each buffer). So one bit is enough, and no fence is needed: the packet is one
+// (docs/cuda-kernel.md has the chain for each buffer). So one bit is enough, and no fence is needed: the packet is one
 // single-copy atomic access.
 #pragma once
 #include "cta.cuh"
