@@ -34,10 +34,23 @@ class Driver:
         ctypes.memmove(name, b"NVIDIA H200\0", 12)
         return 0
 
+    def cuDeviceGetPCIBusId(self, place, length, device):
+        ctypes.memmove(place, b"0000:0F:00.0\0", 13)
+        return 0
 
-def findings(*gpus, memory=(("143771", "143000", "Disabled", "Default"),), apps=()):
-    answers = {"gpu": [list(row) for row in memory], "compute-apps": [list(row) for row in apps]}
-    return list(gpu_findings(Driver(*gpus), len(gpus), lambda kind, fields: answers[kind]))
+
+def card(*rest, bus="00000000:0F:00.0", index="0"):
+    """A row of nvidia-smi; `rest`: total and free MiB, MIG, compute mode."""
+    return [bus, index, "NVIDIA H200", *rest]
+
+
+FREE_CARD = card("143771", "143000", "Disabled", "Default")
+ELSEWHERE = "00000000:0A:00.0"
+
+
+def findings(gpu, cards=(FREE_CARD,), apps=()):
+    answers = {"gpu": cards, "compute-apps": [list(row) for row in apps]}
+    return list(gpu_findings(Driver(gpu), lambda kind, fields: answers[kind]))
 
 
 def test_a_free_gpu_is_described_and_nothing_is_wrong_with_it():
@@ -45,6 +58,7 @@ def test_a_free_gpu_is_described_and_nothing_is_wrong_with_it():
     assert [f.level for f in found] == ["ok", "ok"]
     for word in ("NVIDIA H200", "9.0", "132 SMs", "227 KB", "cooperative launch"):
         assert word in found[0].detail
+    assert "NVIDIA H200" not in found[1].detail
     assert "143000 of 143771 MiB free" in found[1].detail
 
 
@@ -55,30 +69,46 @@ def test_a_free_gpu_is_described_and_nothing_is_wrong_with_it():
         ({"cooperative": 0}, None, "no cooperative launch"),
         ({"mps": 1}, None, "MPS"),
         ({"exec_timeout": 1}, None, "display"),
-        ({}, ("143771", "143000", "Disabled", "Prohibited"), "Prohibited"),
-        ({}, ("143771", "1000", "Disabled", "Default"), "another program"),
+        ({}, card("143771", "143000", "Disabled", "Prohibited"), "Prohibited"),
+        ({}, card("143771", "1000", "Disabled", "Default"), "another program"),
     ],
 )
 def test_what_is_in_the_way_is_named_with_its_cure(changes, row, word):
-    memory = (row or ("143771", "143000", "Disabled", "Default"),)
-    warnings = [f for f in findings(H200 | changes, memory=memory) if f.level == "warn"]
+    warnings = [f for f in findings(H200 | changes, [row or FREE_CARD]) if f.level == "warn"]
     assert len(warnings) == 1
     assert warnings[0].cure
     assert word in f"{warnings[0].detail} {warnings[0].cure}"
 
 
 def test_a_mig_slice_and_other_processes_are_told():
-    memory = (("20000", "19000", "Enabled", "Default"),)
-    found = findings(H200, memory=memory, apps=[("17", "python3", "512")])
+    slice_ = card("20000", "19000", "Enabled", "Default")
+    found = findings(H200, [slice_], apps=[("00000000:0F:00.0", "17", "python3", "512")])
     details = " ".join(f.detail for f in found)
     assert "MIG" in details
     assert "python3 (pid 17, 512 MiB)" in details
 
 
+def test_the_card_that_cuda_calls_the_first_is_told_of_not_the_one_that_nvidia_smi_does():
+    busy = card("143771", "70", "Enabled", "Prohibited", bus=ELSEWHERE)
+    free = card("143771", "143000", "Disabled", "Default", index="1")
+    found = findings(H200, [busy, free], apps=[(ELSEWHERE, "17", "python3", "143701")])
+    assert [f.level for f in found] == ["ok", "ok", "ok"]
+    assert "143000 of 143771 MiB free" in found[1].detail
+    assert found[2].subject == "other gpus"
+    assert "0: NVIDIA H200 (70 MiB free)" in found[2].detail
+    assert not any("python3" in f.detail or "MIG" in f.detail for f in found)
+
+
+def test_a_card_that_nvidia_smi_does_not_list_gets_no_other_s_numbers():
+    elsewhere = card("143771", "70", "Enabled", "Default", bus=ELSEWHERE)
+    found = findings(H200, [elsewhere], apps=[(ELSEWHERE, "17", "python3", "143701")])
+    assert [f.subject for f in found] == ["gpu"]
+
+
 def test_without_nvidia_smi_the_driver_s_numbers_remain(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert nvidia_smi("gpu", "memory.total") == []
-    assert len(list(gpu_findings(Driver(H200, H200), 2))) == 2
+    assert [f.subject for f in gpu_findings(Driver(H200, H200))] == ["gpu"]
 
 
 def test_answers_with_missing_fields_are_not_taken_for_rows():

@@ -151,7 +151,7 @@ def graphics() -> Iterator[Finding]:
     driver.cuDriverGetVersion(ctypes.byref(version))
     supported = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
     yield Finding("driver", "ok", f"supports {supported}, {count.value} GPU(s)")
-    yield from gpu_findings(driver, count.value)
+    yield from gpu_findings(driver)
     packages = cuda_packages()
     yield packages
     if packages.level == "ok":

@@ -1,4 +1,4 @@
-"""What `doctor` tells about the GPUs of a machine.
+"""What `doctor` tells about the GPU of a machine.
 
 libcuda, nvidia-smi -> `Finding`s; neither needs the packages of the [cuda] extra
 """
@@ -9,7 +9,8 @@ import io
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from flashformer.serve.findings import Finding
 
@@ -29,29 +30,58 @@ REINSTALL = "reinstall nvidia-cuda-nvrtc"
 Ask = Callable[[str, str], list[list[str]]]  # kind of query, fields -> rows
 
 
-def gpu_findings(driver: ctypes.CDLL, count: int, ask: Ask | None = None) -> Iterator[Finding]:
-    """Every GPU's hardware, memory and neighbours, and whether the kernel can run there."""
+def gpu_findings(driver: ctypes.CDLL, ask: Ask | None = None) -> Iterator[Finding]:
+    """The GPU that FlashFormer uses, CUDA's first: hardware, memory, neighbours; then the others.
+
+    nvidia-smi numbers all cards, whatever CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER say, so the
+    two are brought together by the card's place on the bus.
+    """
     ask = ask or nvidia_smi
-    memory = ask("gpu", "memory.total,memory.free,mig.mode.current,compute_mode")
-    for number in range(count):
-        row = memory[number] if number < len(memory) else []
-        yield hardware(driver, number)
-        if row:
-            yield room(number, row)
-        yield from sharing(driver, number, row)
-    neighbours = ask("compute-apps", "pid,process_name,used_memory")
+    cards = [Card(*row) for row in ask("gpu", Card.FIELDS)]
+    device = ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    here = bus_id(driver, device)
+    card = next((card for card in cards if card.is_at(here)), None)
+    found = attributes(driver, device)
+    yield hardware(found, gpu_name(driver, device))
+    if card is not None:
+        yield room(card)
+    yield from sharing(found, card)
+    apps = ask("compute-apps", "gpu_bus_id,pid,process_name,used_memory")
+    neighbours = [app for at, *app in apps if card is not None and card.is_at(at)]
     if neighbours:
         names = ", ".join(f"{name} (pid {pid}, {used} MiB)" for pid, name, used in neighbours)
         cure = "speeds will vary, and what they hold is not free"
         yield Finding("gpu", "warn", f"in use by {names}", cure)
+    if card is not None and len(cards) > 1:
+        yield others([other for other in cards if other != card])
 
 
-def hardware(driver: ctypes.CDLL, number: int) -> Finding:
-    """Name, architecture, SMs and shared memory of a GPU."""
-    found = attributes(driver, number)
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A row of nvidia-smi's answer; memory in MiB."""
+
+    FIELDS: ClassVar = (
+        "pci.bus_id,index,name,memory.total,memory.free,mig.mode.current,compute_mode"
+    )
+    bus_id: str
+    index: str
+    name: str
+    total: str
+    free: str
+    mig: str
+    compute_mode: str
+
+    def is_at(self, bus_id: str) -> bool:
+        """Whether this is the card's place; CUDA writes fewer zeros before it than nvidia-smi."""
+        return self.bus_id.lstrip("0").lower() == bus_id.lstrip("0").lower()
+
+
+def hardware(found: dict[str, int], name: str) -> Finding:
+    """Name, architecture, SMs and shared memory of the GPU."""
     arch = f"{found['major']}.{found['minor']}"
     detail = (
-        f"{gpu_name(driver, number)}: compute capability {arch}, {found['sms']} SMs, "
+        f"{name}: compute capability {arch}, {found['sms']} SMs, "
         f"{found['shared_bytes'] >> 10} KB of shared memory a CTA"
     )
     if found["major"] < LEAST_MAJOR:
@@ -62,36 +92,40 @@ def hardware(driver: ctypes.CDLL, number: int) -> Finding:
     return Finding("gpu", "ok", f"{detail}, cooperative launch")
 
 
-def room(number: int, row: list[str]) -> Finding:
-    """Free memory of a GPU, from nvidia-smi's MiB."""
-    total, free = row[0], row[1]
-    detail = f"GPU {number}: {free} of {total} MiB free"
+def room(card: Card) -> Finding:
+    """Free memory of the GPU."""
+    total, free = card.total, card.free
+    detail = f"{free} of {total} MiB free"
     if total.isdigit() and free.isdigit() and 2 * int(free) < int(total):
         return Finding("gpu memory", "warn", detail, "another program holds the rest")
     return Finding("gpu memory", "ok", detail)
 
 
-def sharing(driver: ctypes.CDLL, number: int, row: list[str]) -> Iterator[Finding]:
+def sharing(found: dict[str, int], card: Card | None) -> Iterator[Finding]:
     """MIG, MPS, a display's time limit, a compute mode that lets nobody in."""
-    found = attributes(driver, number)
-    if row[2:3] == ["Enabled"]:
-        yield Finding("gpu", "ok", f"GPU {number} is cut into MIG slices; the plan fits this one")
+    if card is not None and card.mig == "Enabled":
+        yield Finding("gpu", "ok", "cut into MIG slices; the plan fits this one")
     if found["mps"] > 0:
         cure = "CTAs of other clients share its SMs: expect slower and less even tokens"
-        yield Finding("gpu", "warn", f"GPU {number} runs under MPS", cure)
+        yield Finding("gpu", "warn", "runs under MPS", cure)
     if found["exec_timeout"]:
         cure = "the driver stops launches of seconds; generate fewer tokens a launch"
-        yield Finding("gpu", "warn", f"GPU {number} also drives a display", cure)
-    if row[3:4] == ["Prohibited"]:
+        yield Finding("gpu", "warn", "also drives a display", cure)
+    if card is not None and card.compute_mode == "Prohibited":
         cure = "nvidia-smi -c 0 (as root) lets programs use it"
-        yield Finding("gpu", "warn", f"GPU {number} is in compute mode Prohibited", cure)
+        yield Finding("gpu", "warn", "in compute mode Prohibited", cure)
 
 
-def attributes(driver: ctypes.CDLL, number: int) -> dict[str, int]:
+def others(cards: list[Card]) -> Finding:
+    """What else nvidia-smi lists, with the numbers that it gives."""
+    names = ", ".join(f"{c.index}: {c.name} ({c.free} MiB free)" for c in cards)
+    cure = "set CUDA_VISIBLE_DEVICES to the UUID that nvidia-smi -L shows to use one of them"
+    return Finding("other gpus", "ok", names, cure)
+
+
+def attributes(driver: ctypes.CDLL, device: ctypes.c_int) -> dict[str, int]:
     """The driver's numbers; 0 where it knows none."""
-    device, value = ctypes.c_int(), ctypes.c_int()
-    if driver.cuDeviceGet(ctypes.byref(device), number):
-        return dict.fromkeys(ATTRIBUTES, 0)
+    value = ctypes.c_int()
     found = {}
     for name, attribute in ATTRIBUTES.items():
         failed = driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
@@ -99,13 +133,18 @@ def attributes(driver: ctypes.CDLL, number: int) -> dict[str, int]:
     return found
 
 
-def gpu_name(driver: ctypes.CDLL, number: int) -> str:
+def gpu_name(driver: ctypes.CDLL, device: ctypes.c_int) -> str:
     """What the driver calls the GPU."""
-    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    if driver.cuDeviceGet(ctypes.byref(device), number):
-        return f"GPU {number}"
-    driver.cuDeviceGetName(name, len(name), device)
-    return name.value.decode(errors="replace")
+    name = ctypes.create_string_buffer(256)
+    failed = driver.cuDeviceGetName(name, len(name), device)
+    return "a GPU without a name" if failed else name.value.decode(errors="replace")
+
+
+def bus_id(driver: ctypes.CDLL, device: ctypes.c_int) -> str:
+    """Domain, bus, device and function of the GPU, as in 0000:0f:00.0; empty: unknown."""
+    place = ctypes.create_string_buffer(32)
+    failed = driver.cuDeviceGetPCIBusId(place, len(place), device)
+    return "" if failed else place.value.decode(errors="replace")
 
 
 def compiler_version() -> Finding:
