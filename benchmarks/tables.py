@@ -43,6 +43,10 @@ STARTUP = (
     "| model | loading | seconds | at most |",
     "|---|---|---:|---:|",
 )
+INTERRUPT = (
+    "| model | a second sequence | ms/token | median ms | p99 ms | longest ms | at most | met |",
+    "|---|---|---:|---:|---:|---:|---:|---|",
+)
 ABLATION = (
     "| model | the kernel | µs/token | share of limit | against the kernel, µs |",
     "|---|---|---:|---:|---:|",
@@ -217,6 +221,21 @@ def startup_rows(result: dict[str, Any]) -> Iterator[Line]:
         )
 
 
+def interrupt_rows(result: dict[str, Any]) -> Iterator[Line]:
+    """Case and cells of each way to end a launch of many tokens."""
+    for model in result["models"]:
+        for row in model["rows"]:
+            case = (model["name"], {"join": "joins", "cancel": "is cancelled"}[row["what"]])
+            cells = (
+                *case,
+                f"{model['token_ms']:.2f}",
+                *(f"{row[what]:.2f}" for what in ("p50_ms", "p99_ms", "max_ms")),
+                f"{result['limit_ms']:.1f}",
+                "yes" if row["met"] else "no",
+            )
+            yield case, cells
+
+
 def neighbour_rows(result: dict[str, Any]) -> Iterator[Line]:
     """Case and cells of each engine beside a busy neighbour."""
     for engine, found in result["samples"].items():
@@ -243,6 +262,7 @@ KINDS = {
     "baselines": ("The same model, decoded by others", BASELINES, baseline_rows),
     "prefill": ("Prompts", PROMPTS, prompt_rows),
     "ablation": ("What each idea of the kernel is worth", ABLATION, ablation_rows),
+    "interrupt": ("From a call to the next launch", INTERRUPT, interrupt_rows),
     "startup": ("From files to the first token", STARTUP, startup_rows),
     "comparison": ("In turns with a peer, on a CPU", COMPARISON, comparison_rows),
     "neighbour": ("Beside a busy neighbour, on a CPU", NEIGHBOUR, neighbour_rows),

@@ -52,6 +52,31 @@ def test_a_suite_s_rows_stand_beside_their_targets_and_the_newest_counts():
     assert "docs/roofline.svg" in text
 
 
+def test_what_ends_a_launch_stands_beside_its_limit():
+    def row(what, longest):
+        times = {"p50_ms": 0.5, "p99_ms": 1.25, "max_ms": longest}
+        return {"what": what, **times, "met": longest <= 2.0, "samples_ms": [longest]}
+
+    model = {
+        "name": "llama-3.2-1b",
+        "token_ms": 0.85,
+        "rows": [row("join", 1.5), row("cancel", 2.5)],
+    }
+    text = tables.tables(
+        [
+            {
+                "kind": "interrupt",
+                "gpu": {"name": "NVIDIA H200"},
+                "limit_ms": 2.0,
+                "models": [model],
+                "file": "i.json",
+            }
+        ]
+    )
+    assert "| llama-3.2-1b | joins | 0.85 | 0.50 | 1.25 | 1.50 | 2.0 | yes |" in text
+    assert "| llama-3.2-1b | is cancelled | 0.85 | 0.50 | 1.25 | 2.50 | 2.0 | no |" in text
+
+
 def test_the_picture_shows_every_share_below_the_measured_roof():
     root = ElementTree.fromstring(roofline([OLD, NEW]))
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
