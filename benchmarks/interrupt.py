@@ -53,7 +53,7 @@ def main() -> None:
 
     from flashformer.backends.cuda.launch import Kernel
 
-    gpu = {"name": torch.cuda.get_device_name(0), "torch": torch.__version__}
+    gpu = {"name": torch.cuda.get_device_name(0)}
     path = options.output or new_path(gpu["name"], "interrupt")
     result = {**begin("interrupt", options.commit), "gpu": gpu, "limit_ms": LIMIT_MS, "models": []}
     for shape in options.shapes.split(","):
