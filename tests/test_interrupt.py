@@ -1,5 +1,7 @@
 """A sequence that is interrupted all the time is timed, and has the tokens that it has alone."""
 
+from contextlib import closing
+
 import pytest
 
 import interrupt
@@ -53,6 +55,15 @@ def test_tokens_that_an_interruption_changed_are_found(monkeypatch):
     assert not any(found["checks"].values())
     assert not found["passed"]
     assert "wrong: the_one_that_goes_on" in interrupt.table([{"name": "fake", **found}])
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_tokens_however_often_it_is_interrupted():
+    from flashformer.backends.cuda.launch import Kernel
+
+    with closing(interrupt.opened("qwen3-0.6b", 20)) as backend:
+        found = interrupt.measure(backend, [(Kernel, "launch")], 20)
+    assert found["checks"] == dict.fromkeys(found["checks"], True)
 
 
 def test_a_sequence_that_ends_by_itself_ends_the_measurement():
