@@ -46,6 +46,7 @@ __device__ __forceinline__ void ffma_matvec(const Cta& cta, RingReader& ring, Pa
   static_assert(max_rows == 1 && !S::windowed && !config::weights_f16);
   constexpr int most = S::chunk_bytes / 512;  // fragments of a chunk
   const Share<S> share(cta);
+  const NormFactors<S> factors(cta);
   const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
 #pragma unroll 1
   for (int tile = 0; tile < num_tiles; ++tile, ++parts.tile) {
@@ -58,9 +59,9 @@ __device__ __forceinline__ void ffma_matvec(const Cta& cta, RingReader& ring, Pa
       const u8* slot = ring.wait() + cta.lane * 16;
       const u8* x = cta.x + chunk * most * 32 + cta.lane % 4 * 8;
       const int count = S::bytes_of(chunk) / 512;
-      const int half = (count + 1) / 2;
+      const int most = ceil_div(count, warps_a_slot);
 #pragma unroll 8
-      for (int i = share.lead * half; i < (share.lead ? count : half); ++i) {
+      for (int i = share.lead * most; i < min(count, (share.lead + 1) * most); ++i) {
         const Vec16 a = *reinterpret_cast<const Vec16*>(slot + i * 512);
         const uint2 b = *reinterpret_cast<const uint2*>(x + i * 32);
         float x0, x1, x2, x3;
@@ -78,8 +79,8 @@ __device__ __forceinline__ void ffma_matvec(const Cta& cta, RingReader& ring, Pa
     cta.wait(&cta.shared.part_free[buffer], parts.free_parity(), WaitKind::part_free);
     float* out = cta.shared.part[buffer][share.part(tile)] + cta.lane / 4;
     if (cta.lane % 4 == 0) {
-      out[0] = low;
-      out[8] = high;
+      out[0] = factors.apply(0, low);
+      out[8] = factors.apply(0, high);
     }
     __syncwarp();
     mbarrier_arrive_warp<part_arrivals / S::num_parts>(&cta.shared.part_ready[buffer], cta.lane);
@@ -113,7 +114,7 @@ struct MeetingConsumer : Consumer {
     cta.consumer_sync();
 #pragma unroll 1
     for (int step = 0; step < cta.args.num_steps; ++step) {
-      load_rotations(cta, step);
+      load_positions(cta, step);
       embed(cta);
       cta.worker_sync();
 #pragma unroll 1
@@ -152,7 +153,7 @@ struct MeetingFinisher : Finisher {
       cta.worker_sync();
       if (cta.shared.last) return;
 #pragma unroll 1
-      for (int layer = 0; layer < config::num_layers; ++layer, tag ^= 1) {
+      for (int layer = 0; layer < config::num_layers; ++layer, next_layer()) {
         stage<Kind::qkv>(layer);
         stage<Kind::o_proj>(layer);
         stage<Kind::gate_up>(layer);

@@ -18,8 +18,8 @@ import torch
 
 from flashformer.backends.base import Float32, Int32
 from flashformer.backends.cuda import CudaBackend, cuda_machine
-from flashformer.backends.cuda.backend import IN_FLIGHT_BYTES
 from flashformer.backends.cuda.compile import Cubin, build_cubin
+from flashformer.backends.cuda.geometry import copies_in_flight, most_in_flight
 from flashformer.backends.cuda.launch import Kernel
 from flashformer.backends.cuda.random_image import random_image
 from flashformer.codegen.cuda_header import render_cuda
@@ -37,7 +37,7 @@ CASE = Case("tg", 64, 128, 1)
 THREADS = 320
 WHOLE = "as it is"
 FFMA = "products by FFMA, not on the tensor cores"
-UNBOUNDED = "every free slot of the ring on its way"
+UNBOUNDED = "as many slots of the ring on their way as can be"
 STEADY = "as many copies on their way however full the ring is"
 # name -> what ablate.cu is told; UNBOUNDED and STEADY are arguments of the launch (`use`)
 VARIANTS = {
@@ -132,8 +132,8 @@ def use(backend: CudaBackend, name: str, kernels: dict[str, Kernel]) -> None:
     """Let the next steps of one row run a variant."""
     backend._kernels[1] = kernels[VARIANTS[name]]
     slots = backend.num_slots(1)
-    steady = IN_FLIGHT_BYTES // backend.plan.machine.slot_bytes
-    backend.in_flight = {UNBOUNDED: (slots, slots), STEADY: (steady, steady)}.get(name)
+    most, (steady, _) = most_in_flight(slots), copies_in_flight(backend.plan, slots)
+    backend.in_flight = {UNBOUNDED: (most, most), STEADY: (steady, steady)}.get(name)
 
 
 def kernel(backend: CudaBackend, told: str) -> Kernel:

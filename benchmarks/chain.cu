@@ -114,9 +114,10 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1)
   }
   if (cta.is_finisher()) return;
   Consumer consumer(cta);
-  load_rotations(cta, step);
+  load_positions(cta, step);
   cta.consumer_sync();
   attention(cta, consumer.ring, consumer.exchange, layer, step, tag_of(layer, step));
+  fence_proxy_async();  // the next token's bulk copies read the keys and values
   if (cta.thread == 0) cta.report();
 }
 

@@ -35,6 +35,7 @@ TESTS = (
     *("tests/test_cuda_stages.py", "tests/test_cuda_narrow.py", "tests/test_cuda_safety.py"),
     *("tests/test_cuda.py", "tests/test_cuda_sampling.py", "tests/test_prefill_ops.py"),
     *("tests/test_cuda_prefill.py", "tests/test_prefill_attention.py", "tests/test_baselines.py"),
+    "tests/test_interrupt.py",
 )
 WRONG = ("failed", UNFINISHED)
 PYTEST_RAN = (0, 1, 5)  # all well, tests failed, no test was asked for

@@ -9,6 +9,7 @@ from flashformer.backends.cuda.compile import Resources, build_cubin
 from flashformer.backends.cuda.geometry import activation_bytes
 from flashformer.backends.cuda.machine import MIN_SLOTS, Device, fit_machine, text_before_zero
 from flashformer.codegen.cuda_header import render_cuda, slot_bytes
+from flashformer.codegen.exchange import residual_travels
 from flashformer.errors import CompileError, UnsupportedModelError, UsageError
 from flashformer.model.shapes import SHAPES
 from flashformer.model.spec import ModelSpec
@@ -87,9 +88,9 @@ def test_narrow_weights_compile_for_every_architecture_without_spills(arch, shap
     ("arch", "shape", "rows", "slot", "window"),
     [
         ("sm_90a", "llama-3.1-8b", 8, 16384, 32768),
-        ("sm_90a", "llama-3.3-70b", 8, 8192, 32768),
-        ("sm_120a", "llama-3.2-1b", 8, 4096, 16384),
-        ("sm_120a", "llama-3.1-8b", 4, 4096, 16384),
+        ("sm_90a", "llama-3.3-70b", 8, 16384, 32768),
+        ("sm_120a", "llama-3.2-1b", 8, 11264, 16384),
+        ("sm_120a", "llama-3.1-8b", 4, 12288, 16384),
     ],
 )
 def test_shared_memory_holds_as_many_rows_as_leave_the_ring_its_slots(
@@ -100,8 +101,8 @@ def test_shared_memory_holds_as_many_rows_as_leave_the_ring_its_slots(
 
 
 def test_a_row_that_leaves_no_ring_is_refused_with_the_numbers():
-    spec = ModelSpec.from_hf({**SHAPES["llama-3.1-8b"], "hidden_size": 32768})
-    with pytest.raises(UnsupportedModelError, match=r"101376 bytes.*hidden_size 32768 needs \d+"):
+    spec = ModelSpec.from_hf({**SHAPES["llama-3.1-8b"], "hidden_size": 65536})
+    with pytest.raises(UnsupportedModelError, match=r"101376 bytes.*hidden_size 65536 needs \d+"):
         fit_machine(DEVICES["sm_120a"], spec)
 
 
@@ -151,12 +152,24 @@ def test_a_gpu_s_name_ends_at_its_zero_whatever_the_driver_leaves_behind_it():
     assert text_before_zero(b"NVIDIA H200") == "NVIDIA H200"
 
 
-def test_every_cta_has_a_tile_of_every_matrix():
-    for shape in SHAPES:
-        plan = plan_for("sm_90a", shape)
-        for matrix in plan.matrices:
-            split = matrix.first_tile
-            assert all(a < b for a, b in itertools.pairwise(split)), (shape, matrix.name)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_cta_has_a_tile_of_what_all_others_wait_for(shape):
+    plan = plan_for("sm_90a", shape)
+    for name in ("gate_up", "lm_head"):
+        split = plan.matrix(name, 0 if name == "gate_up" else -1).first_tile
+        assert all(a < b for a, b in itertools.pairwise(split)), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "travels"), [("llama-3.2-1b", False), ("qwen3-0.6b", True), ("smollm2-135m", True)]
+)
+def test_few_rows_of_the_hidden_state_lie_on_different_ctas_in_o_proj_and_down(shape, travels):
+    plan = plan_for("sm_90a", shape)
+    splits = [plan.matrix(name, 0).first_tile for name in ("o_proj", "down")]
+    owners = [{i for i, (a, b) in enumerate(itertools.pairwise(s)) if a < b} for s in splits]
+
+    assert residual_travels(plan) == travels == owners[0].isdisjoint(owners[1])
+    assert plan.machine.num_ctas > 120
 
 
 def test_an_old_gpu_is_refused_in_one_sentence():

@@ -1,11 +1,13 @@
 """The CUDA kernel under delays, stale memory, wrapped counters and lost packets."""
 
+import itertools
 import time
 
 import numpy as np
 import pytest
 
 from flashformer.backends.base import StepBatch
+from flashformer.codegen.cuda_header import MATRICES
 from flashformer.codegen.instruments import Instruments
 from flashformer.errors import FlashFormerError
 from flashformer.model.spec import RopeSpec
@@ -134,12 +136,20 @@ def test_ten_thousand_launches_neither_hang_nor_change_a_bit(calm):
     backend.close()
 
 
+def senders_of(plan, matrix):
+    """The CTAs that have a tile of a matrix, numbered as the kernel does, from 1 on."""
+    layer, kind = divmod(matrix - 1, len(MATRICES))
+    split = plan.matrix(MATRICES[kind], layer).first_tile
+    return [cta for cta, (first, end) in enumerate(itertools.pairwise(split)) if first < end]
+
+
 def test_a_lost_packet_ends_in_an_error_that_names_the_wait_and_leaves_a_usable_kernel(calm):
     backend = open_backend(Instruments(faults=True))
     fill(backend)
     backend.wait_limit_ns = 20_000_000
     for matrix in range(1, 4 * LAYERS + 1):
-        for cta in (0, backend.plan.machine.num_ctas // 2, backend.plan.machine.num_ctas - 1):
+        senders = senders_of(backend.plan, matrix)
+        for cta in (senders[0], senders[len(senders) // 2], senders[-1]):
             backend.drop = (matrix, cta)
             started = time.perf_counter()
             with pytest.raises(FlashFormerError, match="waited for a packet of another CTA, at"):
@@ -161,7 +171,7 @@ def test_the_error_of_a_lost_packet_names_the_stage_that_starved():
         4: "qkv of layer 1",
     }
     for matrix, stage in starved.items():
-        backend.drop = (matrix, 1)
+        backend.drop = (matrix, senders_of(backend.plan, matrix)[0])
         with pytest.raises(FlashFormerError, match=f"at {stage}"):
             decoded(backend, 1)
     backend.close()

@@ -199,6 +199,8 @@ inline u32 ld_acquire_gpu(const u32* p) {
   simt::yield();
   return *static_cast<const volatile u32*>(p);
 }
+inline void fence_proxy_async() {}
+
 inline u32 ld_relaxed_gpu(const u32* p) { return *p; }
 inline u32 ld_relaxed_sys(const u32* p) { return *p; }
 inline void st_relaxed_sys(u32* p, u32 v) { *p = v; }

@@ -27,7 +27,6 @@ void head(Cta& cta, int step) {
 
 void consume() {
   Cta cta(*args, dynamic_memory[blockIdx.x], shared_memory[blockIdx.x]);
-  if (cta.thread < max_rows) cta.shared.rstd[cta.thread] = 1.f;
   start_barriers(cta);
   cta.consumer_sync();
   for (int step = 0; step < args->num_steps; ++step) {

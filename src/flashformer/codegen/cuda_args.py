@@ -16,7 +16,7 @@ CUDA_STEP_ARGS = (
     pointer("out_tokens", "int", "[num_steps][max_rows], pinned host memory"),
     pointer("stop", "const unsigned int", "pinned host memory: not 0 ends the launch"),
     pointer("barrier", "unsigned int", "the grid barrier's counter"),
-    pointer("watchdog", "unsigned int", "[8], pinned host memory: the first wait to time out"),
+    pointer("watchdog", "unsigned int", "[1], pinned host memory: a wait that timed out"),
     pointer("trace", "unsigned long long", "[num_ctas][2][trace_moments][2] (Cta::trace)"),
     pointer("adjusted", "float", "[max_rows][vocab_size in whole tiles]: of adjusted_rows"),
     pointer("bias", "const float", "[max_rows][vocab_size in whole tiles]: of biased_rows"),

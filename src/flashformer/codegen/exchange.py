@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Plan
+from flashformer.quant.formats import TILE_ROWS
 
 ALIGNMENT = 256  # bytes
 
@@ -31,6 +32,7 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
     """All buffers in the order of their places: first those of packets."""
     layer, rows = plan.spec.layers[0], plan.machine.max_rows
     hidden = padded(plan.spec.hidden_size)
+    travelling = 2 * hidden if residual_travels(plan) else 0  # value, epoch, ...
     partials = rows * layer.num_q_heads * max_chunks(plan, layer)
     return (
         Buffer("hidden_attention", rows, hidden, 2, 16),
@@ -42,8 +44,15 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
         Buffer("best_id", rows, plan.machine.num_ctas, 4, 0),
         Buffer("top", rows, plan.machine.num_ctas, 4, 0),
         Buffer("stop", 1, 1, 4, 0),
+        Buffer("residual_attention", rows, travelling, 4, 0),
+        Buffer("residual_mlp", rows, travelling, 4, 0),
         Buffer("partial", partials, 2 * (2 + padded(layer.head_dim)), 4, 0),  # value, epoch, ...
     )
+
+
+def residual_travels(plan: Plan) -> bool:
+    """Whether o_proj's tiles and down's belong to different CTAs (kernel/hidden.cuh)."""
+    return -(-plan.spec.hidden_size // TILE_ROWS) < plan.machine.num_ctas
 
 
 def exchange_bytes(plan: Plan) -> tuple[int, int]:

@@ -156,7 +156,10 @@ def _place(shape: _Shape, machine: Machine, offset: int) -> Matrix:
     matrix = Matrix(
         shape.name, shape.layer, shape.rows, shape.cols, shape.format, offset, first_tile=()
     )
-    return replace(matrix, first_tile=split_tiles(matrix.num_tiles, machine.num_ctas))
+    # Where few CTAs have a tile of the hidden state, o_proj's are not also down's.
+    shifted = shape.name == "down" and matrix.num_tiles < machine.num_ctas
+    split = split_tiles(matrix.num_tiles, machine.num_ctas, shifted=shifted)
+    return replace(matrix, first_tile=split)
 
 
 def _align(offset: int, alignment: int) -> int:

@@ -16,7 +16,7 @@ from flashformer.backends.base import DecodeRow, Int32, StepBatch, StepResult
 from flashformer.backends.cuda.choices import Choices, row_stride
 from flashformer.backends.cuda.compile import Cubin, compile_kernel
 from flashformer.backends.cuda.flight import Flight
-from flashformer.backends.cuda.geometry import SLOTS_AT_ONCE, activation_bytes
+from flashformer.backends.cuda.geometry import activation_bytes, copies_in_flight
 from flashformer.backends.cuda.launch import Kernel, check
 from flashformer.backends.cuda.machine import MIN_SLOTS, ROW_CLASSES
 from flashformer.backends.cuda.memory import (
@@ -34,7 +34,6 @@ from flashformer.plan.plan import Plan
 
 NUM_WARPS = 10  # eight consumers, the finisher, the producer
 MAX_SLOTS = 24  # of the ring: kernel/cta.cuh
-IN_FLIGHT_BYTES = 65536  # on their way to a CTA: more only lengthens queues in the memory system
 NO_EPOCH = 0xFFFFFFFF  # what poisoned buffers hold
 MOVED_BYTES = 1 << 28  # to the GPU at once, between two words to whoever waits
 PREFILL_PASSES = 3  # over the weights by `Prefill`: it reads the image, writes the slab, reads it
@@ -87,7 +86,7 @@ class CudaBackend:
         self._flight: Flight | None = None
         counter = torch.tensor([instruments.counter_start], device=self._device)
         self._barrier = counter.to(torch.int32)
-        self._watchdog = torch.zeros(8, dtype=torch.int32, pin_memory=True)
+        self._watchdog = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         moments = (machine.num_ctas, len(TRACKS), max(1, instruments.trace_moments), 2)
         self.trace = self._zeros(moments, torch.int64)
         self._page_table = torch.zeros(0, dtype=torch.int32, device=self._device)
@@ -268,9 +267,9 @@ class CudaBackend:
         return slots
 
     def _shape_ring(self, args: Any, num_slots: int) -> None:
-        most = min(IN_FLIGHT_BYTES // self._plan.machine.slot_bytes, num_slots - SLOTS_AT_ONCE)
         args.num_slots = num_slots
-        args.in_flight, args.full_in_flight = self.in_flight or (most, most // 2)
+        in_flight = self.in_flight or copies_in_flight(self._plan, num_slots)
+        args.in_flight, args.full_in_flight = in_flight
 
     def read_bandwidth(self, seconds: float = 0.2, *, own_image: bool = True) -> float:
         """GB/s of the decoder's ring over the image with no work and no hand-offs: the limit.
@@ -382,13 +381,13 @@ class CudaBackend:
             self._page_table = torch.as_tensor(self._known_pages).to(self._device)
 
     def _check_watchdog(self) -> None:
-        kind, cta, warp, matrix = (int(x) for x in self._watchdog[:4])
-        if kind == 0:
+        word = int(self._watchdog[0]) & 0xFFFFFFFF
+        if word == 0:
             return
         self._watchdog.zero_()
         self._barrier.zero_()
         layers = self._plan.spec.num_layers
-        raise FlashFormerError(describe(kind, cta, warp, matrix, layers, self.wait_limit_ns))
+        raise FlashFormerError(describe(word, layers, self.wait_limit_ns))
 
 
 def row_class(rows: int) -> int:

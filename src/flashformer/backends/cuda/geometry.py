@@ -18,7 +18,9 @@ from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
 from flashformer.quant.formats import Format
 
-SLOTS_AT_ONCE = 4  # that the consumers multiply
+SLOTS_AT_ONCE = 2  # that the consumers multiply
+IN_FLIGHT_BYTES = 65536  # on their way to a CTA
+NARROW_IN_FLIGHT_BYTES = 49152
 INTEGER_RUN_COLS = 128
 FP8_RUN_COLS = 32
 MIN_CHUNK_TOKENS = 256  # shorter chunks of the past cost more to merge than they save
@@ -111,6 +113,29 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
         group=window_tiles(plan.machine.arch) if windowed else 1,
         scale_bytes=0 if weight_format.floating else 4,
     )
+
+
+def copies_in_flight(plan: Plan, num_slots: int) -> tuple[int, int]:
+    """Copies on their way to a CTA, and while half of its `num_slots` wait to be read.
+
+    More would only lengthen the queues in which hand-offs wait (docs/lab-notes.md). Narrow weights
+    leave the memory less time between two hand-offs, so with them these count for more.
+    """
+    narrow = any(m.name in MATRICES and m.weight_format.quantised for m in plan.matrices)
+    nbytes = NARROW_IN_FLIGHT_BYTES if narrow else IN_FLIGHT_BYTES
+    most = min(nbytes // plan.machine.slot_bytes, most_in_flight(num_slots))
+    return most, -(-most // 2)
+
+
+def most_in_flight(num_slots: int) -> int:
+    """Copies that may be on their way in a ring of `num_slots` (`MIN_SLOTS` of machine.py or more).
+
+    A barrier knows two phases, so no warp may wait for the fill after next of a slot. The last that
+    it has read was filled when all before the copies on their way had landed. It waits for the one
+    `SLOTS_AT_ONCE` further on, or in attention, where a warp reads every other pair of slots, for
+    one up to four further on; in a ring of four or five slots that one's place it has read itself.
+    """
+    return max(2, num_slots - 4)
 
 
 def _run_cols(weight_format: Format) -> int:

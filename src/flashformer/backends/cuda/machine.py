@@ -14,11 +14,13 @@ from flashformer.quant.formats import TILE_ROWS
 
 PROMPT_ROWS = 2048  # of a prompt at once: they fill the tensor cores; 60 ms of an 8B model
 ROW_CLASSES = (1, 2, 4, 8)  # a kernel is compiled for each; 8 is the width of an mma's operand B
-# Slots of the ring and windows of activations, in bytes; the first that fit are taken. A slot is a
-# bulk copy: one thread cannot keep a fast memory busy with smaller ones.
-SLOTS_AND_WINDOWS = ((16384, 32768), (8192, 32768), (4096, 16384))
-MIN_SLOTS = 8  # multiplied at once, and as many on their way: no warp waits two fills ahead
+# Bytes of a slot of the ring. It is a bulk copy: one thread cannot keep a fast memory busy with
+# small ones, and larger ones than this leave the ring too few.
+MOST_SLOT, LEAST_SLOT, SLOT_STEP = 16384, 4096, 1024
+WINDOWS = (32768, 16384)  # of activations, in bytes
+MIN_SLOTS = 4  # two are multiplied at once, two on their way
 PAGE_TOKENS = 64
+TRAVELS_FOR = 0.95  # of what the busiest CTA reads: worth the way of the residual to another CTA
 SPECIALISED = (9, 10, 12)  # major versions whose own instructions need the suffix "a"
 
 
@@ -41,10 +43,10 @@ class Device:
 
 
 def cuda_machine(spec: ModelSpec) -> Machine:
-    """The first GPU, with as many CTAs as every stage of `spec` has tiles for.
+    """The first GPU, with at most as many CTAs as gate_up and the head of `spec` have tiles.
 
-    Every CTA takes part in every stage, or it would lose count of the packets it does not read
-    (kernel/packet.cuh). Raises `UsageError` without a usable GPU.
+    Whoever reads packets must send some before the next can overwrite them (kernel/packet.cuh).
+    Raises `UsageError` without a usable GPU.
     """
     return fit_machine(find_device(), spec)
 
@@ -67,7 +69,7 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
             f"{layer.num_q_heads} query heads on {layer.num_kv_heads} key heads: the CUDA kernel "
             f"needs at most {TILE_ROWS} query heads a key head; use --device cpu"
         )
-    rows = min(layer.qkv_rows, spec.hidden_size, 2 * layer.intermediate_size, spec.vocab_size)
+    rows = min(2 * layer.intermediate_size, spec.vocab_size)
     num_ctas = _even_ctas(spec, min(device.num_sms, -(-rows // TILE_ROWS)))
     head_bytes = padded(layer.head_dim) * 2
     max_rows, slot_bytes, window_bytes = _share_memory(device, spec, num_ctas)
@@ -77,7 +79,7 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
         arch=device.arch,
         num_ctas=num_ctas,
         layout="fragment",
-        page_tokens=min(PAGE_TOKENS, slot_bytes // head_bytes // 16 * 16),
+        page_tokens=min(PAGE_TOKENS, 1 << (slot_bytes // head_bytes).bit_length() - 1),
         kv_format="bf16",
         max_rows=max_rows,
         prompt_rows=PROMPT_ROWS,
@@ -88,14 +90,22 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
 
 
 def _share_memory(device: Device, spec: ModelSpec, num_ctas: int) -> tuple[int, int, int]:
-    """Rows of a step, bytes of a slot and of a window: the most rows that leave a ring its room."""
-    least_slot = 16 * padded(spec.layers[0].head_dim) * 2
+    """Rows of a step, bytes of a slot and of a window.
+
+    The most rows that leave a ring its room, and with them the largest slots.
+    """
+    least_slot = max(LEAST_SLOT, 16 * padded(spec.layers[0].head_dim) * 2)
+    need = 0
     for rows in reversed(ROW_CLASSES):
-        for slot_bytes, window_bytes in SLOTS_AND_WINDOWS:
-            ring = MIN_SLOTS * slot_bytes * 33 // 32  # with scales
-            need = _beside_the_ring(spec, num_ctas, rows, window_bytes) + ring
-            if slot_bytes >= least_slot and need <= device.shared_bytes:
-                return rows, slot_bytes, window_bytes
+        found = []
+        for window_bytes in WINDOWS:
+            beside = _beside_the_ring(spec, num_ctas, rows, window_bytes)
+            room = (device.shared_bytes - beside) // MIN_SLOTS * 32 // 33  # a slot has scales, too
+            found.append((min(MOST_SLOT, room // SLOT_STEP * SLOT_STEP), window_bytes))
+            need = beside + MIN_SLOTS * least_slot * 33 // 32
+        slot_bytes, window_bytes = max(found)
+        if slot_bytes >= least_slot:
+            return rows, slot_bytes, window_bytes
     raise UnsupportedModelError(
         f"{device.name} has {device.shared_bytes} bytes of shared memory for a CTA; one row of "
         f"hidden_size {spec.hidden_size} needs {need}; use --device cpu"
@@ -119,7 +129,8 @@ def _even_ctas(spec: ModelSpec, most: int) -> int:
     """The fewest CTAs whose busiest one reads least, or at most 0.5 % more.
 
     Every stage ends with its slowest CTA, so each counts with the most tiles that one CTA gets;
-    CTAs with less to do than the others only disturb them (docs/lab-notes.md).
+    CTAs with less to do than the others only disturb them (docs/lab-notes.md). More CTAs than tiles
+    of the hidden state must be worth the way of the residual between them.
     """
     layer, hidden = spec.layers[0], spec.hidden_size
     matrices = (  # rows, columns, times a step
@@ -133,9 +144,13 @@ def _even_ctas(spec: ModelSpec, most: int) -> int:
     def columns_read(num_ctas: int) -> int:
         return sum(n * cols * -(-rows // TILE_ROWS // num_ctas) for rows, cols, n in matrices)
 
-    numbers = range(1, most + 1)
-    enough = 1.005 * min(columns_read(n) for n in numbers)
-    return next(n for n in numbers if columns_read(n) <= enough)
+    def fewest(most: int) -> int:
+        numbers = range(1, most + 1)
+        enough = 1.005 * min(columns_read(n) for n in numbers)
+        return next(n for n in numbers if columns_read(n) <= enough)
+
+    at_home, spread = fewest(min(most, -(-hidden // TILE_ROWS))), fewest(most)
+    return spread if columns_read(spread) < TRAVELS_FOR * columns_read(at_home) else at_home
 
 
 def find_device() -> Device:

@@ -18,7 +18,7 @@ from flashformer.backends.cuda.geometry import (
     units_of,
 )
 from flashformer.codegen.cuda_header import MATRICES, slot_bytes
-from flashformer.codegen.exchange import max_chunks
+from flashformer.codegen.exchange import max_chunks, residual_travels
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
 from flashformer.plan.planner import longest_context
@@ -212,6 +212,7 @@ class _Builder:
         tiles = {name: self._matrix(name, 0).num_tiles for name in MATRICES}
         hidden = tiles["down"] * (TILE_ROWS // HALVES)
         qkv = tiles["qkv"] * (TILE_ROWS // SINGLES)
+        residual = Buffer(rows, tiles["down"], dated=True)  # of a tile's rows at a time
         pairs = rows * layer.num_kv_heads
         found = {
             "hidden_attention": Buffer(rows, hidden),
@@ -220,6 +221,8 @@ class _Builder:
             "mlp": Buffer(rows, tiles["gate_up"]),
             "qkv": Buffer(rows, qkv, padding=qkv - layer.qkv_rows // SINGLES),
             "best": Buffer(rows, plan.machine.num_ctas, tagged=False),
+            "residual_attention": residual,
+            "residual_mlp": residual,
             "partial": Buffer(
                 rows * layer.num_q_heads, max_chunks(plan, layer), dated=True, complete=False
             ),
@@ -260,8 +263,12 @@ class _Builder:
         shape = stage_shape(self.plan, matrix, self.plan.machine.max_rows)
         for cta, (first, end) in enumerate(pairwise(matrix.first_tile)):
             consumers, finisher, producer = roles[cta]
-            for group in range(first, end, shape.group if shape.num_windows > 1 else end - first):
-                tiles = min(shape.group, end - group) if shape.num_windows > 1 else end - first
+            # Whoever has no tile needs the input only if it is some other stage's, too.
+            if first == end and at.stage == "qkv" and input_use is not None:
+                consumers.append(Read(at, source, input_use, self.whole[source]))
+            most = shape.group if shape.num_windows > 1 else max(1, end - first)
+            for group in range(first, end, most):
+                tiles = min(most, end - group)
                 for begin, stop in shape.windows():
                     if input_use is not None:
                         consumers.append(
@@ -270,9 +277,10 @@ class _Builder:
                     items = tiles * (stop - begin), tiles * shape.nbytes(begin, stop)
                     producer.append(Put(at, "ring", *items))
                     consumers.append(Get(at, "ring", *items))
-            consumers.append(Put(at, "parts", end - first))
-            finisher.append(Get(at, "parts", end - first))
-            finisher += self._results(at, use, cta, first, end)
+            if first < end:
+                consumers.append(Put(at, "parts", end - first))
+                finisher.append(Get(at, "parts", end - first))
+                finisher += self._results(at, use, cta, first, end)
             if at.stage == "lm_head":
                 finisher.append(Put(at, "candidates", 1))
 
@@ -295,7 +303,20 @@ class _Builder:
         if at.stage == "lm_head":
             return [Write(at, "best", use, Rect(0, self.rows, cta, cta + 1))]
         name = "mlp" if at.stage == "o_proj" else "attention"
-        return [Write(at, f"hidden_{name}", use, tiles(TILE_ROWS // HALVES))]
+        packets = tiles(TILE_ROWS // HALVES)
+        if not residual_travels(self.plan):
+            return [Write(at, f"hidden_{name}", use, packets)]
+        events: list[Event] = []
+        sources = []
+        if at.stage == "down" or at.layer > 0:  # a step's first residual is the embedding
+            source = "residual_mlp" if at.stage == "down" else "residual_attention"
+            from_use = use if at.stage == "down" else use - 1
+            events.append(Read(at, source, from_use, tiles(1)))
+            sources.append((source, tiles(1)))
+        events.append(Write(at, f"hidden_{name}", use, packets, tuple(sources)))
+        if at.stage == "o_proj" or at.layer + 1 < len(self.plan.spec.layers):
+            events.append(Write(at, f"residual_{name}", use, tiles(1), tuple(sources)))
+        return events
 
     def _attention(self, roles: Roles, at: Where, use: int) -> None:
         layer = self.plan.spec.layers[at.layer]

@@ -15,8 +15,13 @@ WAITS = {  # WaitKind of kernel/cta.cuh
 }
 
 
-def describe(kind: int, cta: int, warp: int, matrix: int, num_layers: int, limit_ns: int) -> str:
-    """The first wait that timed out, from the watchdog's words (Cta::report)."""
+def describe(word: int, num_layers: int, limit_ns: int) -> str:
+    """A wait that timed out, from the watchdog's word (`Cta::report`).
+
+    From the highest bit on: 14 bits, the last number of a matrix minus the one waited at, so that
+    the largest word is of the earliest stage; then what for (4), warp (4) and CTA (10).
+    """
+    matrix, kind, warp, cta = 0x3FFF - (word >> 18), word >> 14 & 15, word >> 10 & 15, word & 1023
     layer, stage = divmod(matrix, len(MATRICES))
     where = "lm_head" if layer == num_layers else f"{MATRICES[stage]} of layer {layer}"
     return (

@@ -43,12 +43,15 @@ struct HeadTask {
 
 struct HeadPackets {
   Vec16 packet[packets_a_lane];
+  float4 norm[packets_a_lane];  // of the same dims, if the model has it: on its way beside them
 
   __device__ __forceinline__ void fetch(const Cta& cta, const HeadTask& task, u32 tag) {
 #pragma unroll
     for (int j = 0; j < packets_a_lane; ++j) {
       const int at = cta.lane + 32 * j;
-      if (at < head_packets) packet[j] = ld_relaxed_gpu_b128(task.source + 4 * at);
+      if (at >= head_packets) continue;
+      packet[j] = ld_relaxed_gpu_b128(task.source + 4 * at);
+      if (config::qk_norm && task.part < 2) norm[j] = reinterpret_cast<const float4*>(task.norm)[at];
     }
 #pragma unroll
     for (int j = 0; j < packets_a_lane; ++j) {
@@ -56,28 +59,37 @@ struct HeadPackets {
       if (at < head_packets) await_packet<Payload::single>(cta, packet[j], task.source + 4 * at, tag);
     }
   }
+
+  __device__ __forceinline__ void normalise(const Cta& cta, int part) {
+    float square = 0;
+#pragma unroll
+    for (int j = 0; j < packets_a_lane; ++j) {
+      if (cta.lane + 32 * j >= head_packets) continue;
+#pragma unroll
+      for (u32 word : packet[j].w) square += __uint_as_float(word) * __uint_as_float(word);
+    }
+    square = warp_sum(square);
+    if (part == 2) return;  // values
+    const float rstd = rsqrtf(square / config::head_dim + config::rms_norm_eps);
+#pragma unroll
+    for (int j = 0; j < packets_a_lane; ++j) {
+      const float weight[4] = {norm[j].x, norm[j].y, norm[j].z, norm[j].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        packet[j].w[e] = __float_as_uint(__uint_as_float(packet[j].w[e]) * (rstd * weight[e]));
+      }
+    }
+  }
 };
 
 __device__ __forceinline__ void place_head(const Cta& cta, const AttentionScratch& scratch, const HeadTask& task,
-                                           const HeadPackets& head_packet, int rope_idx) {
+                                           HeadPackets& packets, int rope_idx) {
+  if constexpr (config::qk_norm) packets.normalise(cta, task.part);
   float* head = scratch.heads + cta.warp * head_dim_padded;
-  float square = 0;
 #pragma unroll
   for (int j = 0; j < packets_a_lane; ++j) {
     const int at = cta.lane + 32 * j;
-    if (at >= head_packets) continue;
-    const Vec16& values = head_packet.packet[j];
-    *reinterpret_cast<Vec16*>(head + 4 * at) = values;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) square += __uint_as_float(values.w[e]) * __uint_as_float(values.w[e]);
-  }
-  if constexpr (config::qk_norm) {
-    square = warp_sum(square);
-    if (task.part < 2) {
-      const float rstd = rsqrtf(square / config::head_dim + config::rms_norm_eps);
-      __syncwarp();
-      for (int dim = cta.lane; dim < config::head_dim; dim += 32) head[dim] *= rstd * task.norm[dim];
-    }
+    if (at < head_packets) *reinterpret_cast<Vec16*>(head + 4 * at) = packets.packet[j];
   }
   __syncwarp();
   constexpr int half = config::rotary_dim / 2;
@@ -128,12 +140,11 @@ __device__ __forceinline__ HeadTask head_task(const Cta& cta, const float* qkv, 
 // Query heads of the unit into operand A, and the step's own keys and values into one block of 16 positions. What the
 // block holds beyond them is not visible.
 // Before sm_90 registers are so short that the exchange comes as a whole: in memory.
-__device__ __noinline__ void prepare_unit(const Cta cta, const AttentionScratch scratch, const Exchange exchange,
+__device__ INLINED_WITH_ROOM void prepare_unit(const Cta cta, const AttentionScratch scratch, const Exchange exchange,
                                           int layer, u32 tag, int row, int kv_head, bool with_own) {
   const float* qkv = exchange.qkv;
   const int num_own = with_own ? cta.args.positions[row] - cta.args.bases[row] + 1 : 0;
   const int num_tasks = config::group + 2 * num_own;
-  const int rope_idx = layer_table[layer].rope_idx;
   if constexpr (head_dim_padded != config::head_dim) {  // the padding of every head must be finite
     cta.consumer_sync();
     for (int i = cta.thread; i < 3 * dim_blocks * 32; i += num_consumers) {
@@ -152,12 +163,11 @@ __device__ __noinline__ void prepare_unit(const Cta cta, const AttentionScratch 
   cta.consumer_sync();
 }
 
-// The row's own key and value into its page, for the steps to come.
+// The row's own key and value into its page, for the steps to come (`publish` makes them visible).
 __device__ __forceinline__ void append_past(const Cta& cta, const AttentionScratch& scratch, int layer, int step, int row, int kv_head) {
   const int position = cta.args.positions[row] + step;
   const int own = position - (cta.args.bases[row] + step);
-  const int page = cta.args.page_table[cta.args.slots[row] * cta.args.max_pages + position / config::page_tokens];
-  u8* keys = const_cast<u8*>(page_at(cta, layer, page, kv_head));
+  u8* keys = const_cast<u8*>(page_at(cta, layer, cta.shared.own_page[row], kv_head));
   u8* values = keys + page_bytes;
   const int token = position % config::page_tokens;
   for (int dim = cta.thread; dim < head_dim_padded; dim += num_consumers) {
@@ -166,7 +176,6 @@ __device__ __forceinline__ void append_past(const Cta& cta, const AttentionScrat
     *reinterpret_cast<u16*>(values + value_offset(token, dim)) =
         *reinterpret_cast<const u16*>(scratch.values + value_offset(own, dim));
   }
-  fence_proxy_async();  // the pages are later read by bulk copies
 }
 
 // Operand A's rows 8 to 15 exist only for groups of more than 8 query heads.
@@ -209,7 +218,7 @@ struct WarpAttention {
   __device__ __forceinline__ void block(const u8* query, const u8* keys, const u8* values, int lane, int first, int lo,
                                         int hi) {
     float score[2][2 * halves] = {};
-#pragma unroll(config::arch >= 90 ? 2 : 1)
+#pragma unroll(config::arch >= 90 && max_rows < 4 ? 2 : 1)
     for (int d = 0; d < dim_blocks; ++d) {
       const Vec16 a = *reinterpret_cast<const Vec16*>(query + d * 512 + lane * 16);
       const Vec16 b = *reinterpret_cast<const Vec16*>(keys + d * 512 + lane * 16);
@@ -313,35 +322,59 @@ __device__ __forceinline__ void merge_warps(const Cta& cta, const AttentionScrat
   }
 }
 
+// Where the step's own positions, a block beside the pages, take their turn: with a warp for which the chunk's last page
+// has no positions, or in a round of their own.
+struct OwnBlock {
+  int page;
+  int block = 0;
+
+  __device__ __forceinline__ OwnBlock(const RowPast& past, int begin, int end) : page(end) {
+    if (end == begin) return;
+    const int blocks = ceil_div(past.base - (past.first_page + end - 1) * config::page_tokens, 16);
+    if (blocks >= warps_a_page) return;
+    page = end - 1;
+    block = blocks;
+  }
+};
+
 __device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, const Exchange& exchange, int layer,
                                           int step, u32 tag) {
   const AttentionScratch scratch(cta.x);
-  for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
+  const int window = layer_table[layer].window;
+  const bool chunked = for_each_unit(cta, step, window, [&](int row, const RowPast& past, int kv_head, int chunk) {
     const bool with_own = chunk == past.num_chunks - 1;
     prepare_unit(cta, scratch, exchange, layer, tag, row, kv_head, with_own);
-    WarpAttention own;
+    WarpAttention sums;
+    const int begin = chunk * past.chunk_pages;
     const int end = min(past.num_pages, (chunk + 1) * past.chunk_pages);
+    const OwnBlock own(past, begin, end);
+    const int block = cta.warp % warps_a_page;
 #pragma unroll 1
-    for (int page = chunk * past.chunk_pages; page < end + with_own; ++page) {
-      const bool stored = page < end;  // the step's own positions come last, as one block
+    for (int page = begin; page < end + (with_own && own.page == end); ++page) {
+      const bool stored = page < end;
       if (page % 2 != cta.warp / warps_a_page) {
         if (stored) ring.skip(2);
         continue;
       }
-      const int block = cta.warp % warps_a_page;
-      const u8* keys = scratch.keys;
-      const u8* values = scratch.values;
+      const u8* keys = nullptr;
+      const u8* values = nullptr;
       if (stored) {
         RingReader second = ring;
         second.skip(1);
-        keys = ring.wait();
-        values = second.wait();
+        keys = ring.wait() + block * dim_blocks * 512;
+        values = second.wait() + block * dim_blocks * 512;
       }
-      if (block < (stored ? page_blocks : 1)) {
-        const int first = stored ? (past.first_page + page) * config::page_tokens : past.base;
-        own.block(scratch.query, keys + block * dim_blocks * 512, values + block * dim_blocks * 512, cta.lane,
-                  first + block * 16, past.first, stored ? past.base : cta.args.positions[row] + step + 1);
+      int first = (past.first_page + page) * config::page_tokens + block * 16;
+      int hi = past.base;
+      bool is_visible = stored && block < page_blocks && first < hi;
+      if (with_own && page == own.page && block == own.block) {
+        keys = scratch.keys;
+        values = scratch.values;
+        first = past.base;
+        hi = cta.args.positions[row] + step + 1;
+        is_visible = true;
       }
+      if (is_visible) sums.block(scratch.query, keys, values, cta.lane, first, past.first, hi);
       if (stored) {
         ring.release<num_consumer_warps / warps_a_page>();
         ring.skip(1);
@@ -350,7 +383,7 @@ __device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, cons
       }
     }
     u8* out = exchange.attention + row * x_row_bytes(config::q_rows);
-    merge_warps(cta, scratch, own, [&](int group_head, int dim, float value, float top, float total) {
+    merge_warps(cta, scratch, sums, [&](int group_head, int dim, float value, float top, float total) {
       const int head = kv_head * config::group + group_head;
       if (past.num_chunks == 1) {
         send_halves(cta, out + (head * config::head_dim + dim) * 2, value / total, tag,
@@ -361,5 +394,5 @@ __device__ __forceinline__ void attention(const Cta& cta, RingReader& ring, cons
     });
     if (with_own) append_past(cta, scratch, layer, step, row, kv_head);
   });
-  merge_chunks(cta, step, layer, tag);
+  if (chunked) merge_chunks(cta, step, layer, tag);
 }

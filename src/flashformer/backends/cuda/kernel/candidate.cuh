@@ -35,7 +35,7 @@ __device__ __forceinline__ float* logits_of(const Cta& cta, int row) {
   return cta.args.logits + row * u64(logits_stride);
 }
 
-// The finishing warp's best candidates so far. Lane: row lane % 16 of the tiles, tokens lane / 16 + 2 i.
+// The finishing warp's best candidates so far. Lane: row lane % 16 of its tiles, tokens lane / 16 + 2 i, or all of one.
 struct Best {
   static constexpr int num = (max_rows + 1) / 2;
   Candidate candidate[num];
@@ -56,7 +56,7 @@ struct Best {
 #pragma unroll
     for (int i = 0; i < num; ++i) {
 #pragma unroll
-      for (int d = tile_rows / 2; d > 0; d /= 2) {
+      for (int d = tiles_finished * tile_rows / 2; d > 0; d /= 2) {
         const Candidate other = {__shfl_xor_sync(~0u, candidate[i].value, d), __shfl_xor_sync(~0u, candidate[i].id, d)};
         take_better(candidate[i], other);
       }

@@ -16,6 +16,7 @@ constexpr int num_consumers = num_consumer_warps * 32;
 constexpr int max_slots = 24;
 constexpr int max_rows = config::max_rows;
 constexpr int tile_rows = 16;
+constexpr int tiles_finished = max_rows == 1 ? 2 : 1;  // at once: the finisher's lanes are two tokens, or two tiles
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
 constexpr int num_part_buffers = 2;
 constexpr int part_arrivals = 24;  // that make a tile's parts ready: 2, 4, 6 or 8 warps share them
@@ -40,11 +41,10 @@ struct Shared {
   float part[num_part_buffers][num_consumer_warps][max_rows * part_stride];  // sums of a tile (finish.cuh)
   float row_scale[num_part_buffers][tile_rows];                             // of the same tile, if its format has them
   float residual[config::residual_tiles][max_rows][tile_rows];  // fp32 rows of the hidden state that this CTA owns
-  float squares[max_rows][num_consumer_warps];                  // sums of squares of a row's columns
+  alignas(16) float squares[max_rows][num_consumer_warps];  // of the travelling hidden state: a sum a warp's columns
   float2 rotation[config::num_ropes][max_rows][config::rotary_dim / 2 + 1];  // cos, sin of each row's position
-  float rstd[max_rows];  // 1 / rms of each token's hidden state, over exchange_scale
-  float warp_sum[num_consumer_warps][max_rows];
   int token[max_rows];
+  int own_page[max_rows];  // that gets the key and value of each row's token
   float choice_value[max_rows];  // this CTA's candidates for the next token
   int choice_id[max_rows];
   u64 full[max_slots];
@@ -168,13 +168,17 @@ struct Cta {
     return args.drop_matrix == matrix + 1 && args.drop_cta == idx;
   }
 
-  // At the kernel's end: the first wait of the grid that timed out goes to the host.
+  // At the kernel's end: of all waits of the grid that timed out one of the earliest stage goes to the host (watchdog.py).
   __device__ void report() const {
     const u32 word = *static_cast<volatile u32*>(&shared.aborted);
-    if (word < 256 || atomicCAS(args.watchdog, 0u, word >> 8) != 0) return;
-    args.watchdog[1] = idx;
-    args.watchdog[2] = word & 255;
-    args.watchdog[3] = shared.aborted_at;
+    if (word < 256) return;
+    const u32 found = (0x3fffu - shared.aborted_at) << 18 | (word >> 8) << 14 | (word & 15) << 10 | idx;
+    u32 known = 0;
+    while (known < found) {
+      const u32 seen = atomicCAS(args.watchdog, known, found);
+      if (seen == known) break;
+      known = seen;
+    }
     __threadfence_system();
   }
 };

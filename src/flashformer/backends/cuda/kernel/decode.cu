@@ -74,6 +74,9 @@ struct Consumer {
   template <Kind kind>
   __device__ __forceinline__ void multiply(int layer, const u8* input, u32 input_tag) {
     using S = Stage<kind>;
+    if constexpr (S::may_be_idle) {
+      if (S::begin(cta.idx) == S::end(cta.idx)) return;
+    }
     if constexpr (S::windowed) {
       matvec_windows<S>(cta, ring, input, input_tag, parts);
     } else {
@@ -111,7 +114,7 @@ struct Consumer {
     cta.consumer_sync();
 #pragma unroll 1
     for (int step = 0; step < cta.args.num_steps; ++step) {
-      load_rotations(cta, step);
+      load_positions(cta, step);
       embed(cta);
       cta.trace(Moment::embed);
       cta.worker_sync();  // the finisher may use the residual
@@ -141,8 +144,14 @@ struct Finisher {
   Best best;
   Parts parts;
   u32 tag = 0;
+  u32 epoch;  // of this layer's dated values
 
-  __device__ explicit Finisher(Cta& c) : cta(c), exchange(c.args) {}
+  __device__ explicit Finisher(Cta& c) : cta(c), exchange(c.args), epoch(c.args.epoch) {}
+
+  __device__ __forceinline__ void next_layer() {
+    tag ^= 1;
+    ++epoch;
+  }
 
   __device__ __forceinline__ void qkv_output(int layer, int tile, int token, float value) const {
     const int at = tile * tile_rows + cta.lane % tile_rows;
@@ -161,28 +170,19 @@ struct Finisher {
                 token < cta.args.num_rows && row < 8);
   }
 
-  // Where o_proj and down send the hidden state.
+  // Where o_proj and down send the hidden state, and the residual from and to the other of the two. A step's first
+  // residual is the embedding, its last is not needed.
   template <Kind kind>
   __device__ __forceinline__ HiddenOutput hidden_output(int layer) const {
     const int first_tile = Stage<kind>::begin(cta.idx);
     if constexpr (kind == Kind::o_proj) {
       const float* bias = config::o_bias ? vector_at(cta, layer_table[layer].o_bias) : nullptr;
-      return {first_tile, bias, exchange.hidden_mlp};
+      u8* from = layer > 0 ? exchange.residual_attention : nullptr;
+      return {first_tile, bias, exchange.hidden_mlp, {from, epoch - 1}, {exchange.residual_mlp, epoch}};
     }
     const float* bias = config::mlp_bias ? vector_at(cta, layer_table[layer].down_bias) : nullptr;
-    return {first_tile, bias, exchange.hidden_attention};
-  }
-
-  // Of the rows as their squares say, which the consumers have left in shared memory.
-  __device__ __forceinline__ void load_rstd() const {
-    if (cta.lane < cta.args.num_rows) {
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < num_consumer_warps; ++w) sum += cta.shared.squares[cta.lane][w];
-      constexpr float scale = config::exchange_scale;
-      cta.shared.rstd[cta.lane] = rstd_of(sum / (scale * scale)) / scale;
-    }
-    __syncwarp();
+    u8* to = layer + 1 < config::num_layers ? exchange.residual_attention : nullptr;
+    return {first_tile, bias, exchange.hidden_attention, {exchange.residual_mlp, epoch}, {to, epoch}};
   }
 
   template <Kind kind>
@@ -190,20 +190,22 @@ struct Finisher {
     using S = Stage<kind>;
     const int begin = S::begin(cta.idx);
     const int end = S::end(cta.idx);
-    const HiddenOutput hidden = hidden_output<kind>(layer);
+    HiddenOutput hidden = hidden_output<kind>(layer);
+    const int half = cta.lane / tile_rows;
 #pragma unroll 1
-    for (int tile = begin; tile < end; ++tile) {
-      const TileSums<S> sums(cta, parts);
-      ++parts.tile;
-      if (S::normed && tile == begin && !is_embedded<kind>(layer)) load_rstd();
-      cta.delay(tile);
+    for (int first = begin; first < end; first += tiles_finished) {
+      const int tile = tiles_finished == 2 ? first + half : first;
+      // Of one token the second half of the warp has the next tile, or nothing to do.
+      const int first_token = tiles_finished == 1 ? half : tile < end ? 0 : max_rows;
+      if constexpr (kind == Kind::o_proj || kind == Kind::down) hidden.fetch(cta, tile, first_token);
+      const TileSums<S> sums(cta, parts, min(tiles_finished, end - first));
+      cta.delay(first);
       if (cta.drops_packets(matrix_number(kind, layer))) continue;
 #pragma unroll
       for (int i = 0; i < TileSums<S>::num; ++i) {
         if (2 * i >= cta.args.num_rows) break;
-        const int token = cta.lane / tile_rows + 2 * i;
-        float value = sums.token[i];
-        if (S::normed && token < cta.args.num_rows) value *= cta.shared.rstd[token];
+        const int token = first_token + 2 * i;
+        const float value = sums.token[i];
         if constexpr (kind == Kind::qkv) {
           qkv_output(layer, tile, token, value);
         } else if constexpr (kind == Kind::gate_up) {
@@ -211,7 +213,7 @@ struct Finisher {
         } else if constexpr (kind == Kind::lm_head) {
           best.take(cta, tile, token, i, value);
         } else {
-          hidden(cta, tag, tile, token, value);
+          hidden(cta, tag, tile, token, i, value);
         }
       }
     }
@@ -234,7 +236,7 @@ struct Finisher {
     finish<Kind::gate_up>(layer);
     if (stops_before(first + 3)) return false;
     finish<Kind::down>(layer);
-    tag ^= 1;
+    next_layer();
     return true;
   }
 

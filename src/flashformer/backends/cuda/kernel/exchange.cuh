@@ -8,11 +8,14 @@ __device__ constexpr u32 x_row_bytes(int cols) { return padded(cols) * 2; }
 
 constexpr int hidden_tiles = padded(config::hidden_size) / tile_rows;
 constexpr int head_dim_padded = padded(config::head_dim);
+// Where there are more CTAs than tiles of the hidden state, o_proj's tiles and down's belong to different CTAs.
+constexpr bool residual_travels = hidden_tiles < config::num_ctas;
 
 constexpr int exchange_rows = config::exchange_rows;  // for kernels of any max_rows
 
 constexpr int num_q_heads = config::num_kv_heads * config::group;
-constexpr u32 partial_bytes = (2 + head_dim_padded) * 8;  // of a chunk and query head
+constexpr u32 dated_bytes = 8;  // a float and the number of a layer (packet.cuh)
+constexpr u32 partial_bytes = (2 + head_dim_padded) * dated_bytes;  // of a chunk and query head
 
 // codegen/exchange.py computes the same places.
 struct Exchange {
@@ -28,6 +31,8 @@ struct Exchange {
   float* top;            // [exchange_rows][num_ctas]: largest adjusted logits
   u32* stop;             // the host wants the launch to end with this token
   // Dated values.
+  u8* residual_attention;  // [exchange_rows][hidden_size]: from down to o_proj, if it travels
+  u8* residual_mlp;        // likewise from o_proj to down
   u8* partial;           // attention: [exchange_rows][num_q_heads][max_chunks][maximum, sum, head_dim padded values]
 
   __device__ explicit Exchange(const StepArgs& args) {
@@ -46,6 +51,9 @@ struct Exchange {
     best_id = reinterpret_cast<int*>(take(u64(exchange_rows) * config::num_ctas * 4));
     top = reinterpret_cast<float*>(take(u64(exchange_rows) * config::num_ctas * 4));
     stop = reinterpret_cast<u32*>(take(4));
+    const u64 residual_bytes = residual_travels ? u64(exchange_rows) * padded(config::hidden_size) * dated_bytes : 0;
+    residual_attention = take(residual_bytes);
+    residual_mlp = take(residual_bytes);
     partial = take(u64(exchange_rows) * num_q_heads * config::max_chunks * partial_bytes);
   }
 };

@@ -103,9 +103,9 @@ __device__ __forceinline__ void normalise(Vec16& packet, const NormWeights& weig
   packet.w[3] = multiply_pair(packet.w[3], weights.hi.z, weights.hi.w, squares);
 }
 
-// 1 / rms from the sum of squares of a row.
-__device__ __forceinline__ float rstd_of(float squares) {
-  return rsqrtf(squares / config::hidden_size + config::rms_norm_eps);
+// A warp's share of a row's sum of squares, for `NormFactors`.
+__device__ __forceinline__ void leave_squares(const Cta& cta, int row, float sum) {
+  cta.shared.squares[row][cta.warp] = sum;
 }
 
 // All of a stage's activations. They take the place of those of the stage before, which every warp must have left.
@@ -198,7 +198,7 @@ __device__ INLINED_WITH_ROOM void load_normed_x(const Cta cta, const u8* buffer,
   }
   squares.reduce(cta.lane);
   if (cta.lane % (32 / max_rows) == 0) {
-    cta.shared.squares[RowSums::row_of_lane(cta.lane)][cta.warp] = squares.value[0];
+    leave_squares(cta, RowSums::row_of_lane(cta.lane), squares.value[0]);
   }
   cta.consumer_sync();
 }

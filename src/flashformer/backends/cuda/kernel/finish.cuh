@@ -12,13 +12,40 @@ struct Parts {
   __device__ __forceinline__ u32 free_parity() const { return ready_parity() ^ 1; }
 };
 
+// What the sums of a stage are multiplied by, for the tokens whose sums a lane has: nothing.
+template <class S, bool normed = S::normed>
+struct NormFactors {
+  __device__ __forceinline__ explicit NormFactors(const Cta&) {}
+  __device__ __forceinline__ float apply(int, float sum) const { return sum; }
+};
+
+// Behind a norm 1 / rms of each token's hidden state, from the squares that the warps have left.
+template <class S>
+struct NormFactors<S, true> {
+  using TheSums = Sums<typename S::F>;
+  float factor[TheSums::num_tokens];
+
+  __device__ __forceinline__ explicit NormFactors(const Cta& cta) {
+#pragma unroll
+    for (int i = 0; i < TheSums::num_tokens; ++i) {
+      const int token = min(TheSums::token(cta.lane, i), max_rows - 1);  // what it is for others reaches nobody
+      const float4 a = reinterpret_cast<const float4*>(cta.shared.squares[token])[0];
+      const float4 b = reinterpret_cast<const float4*>(cta.shared.squares[token])[1];
+      const float sum = a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w;
+      constexpr float scale = config::exchange_scale;
+      factor[i] = rsqrtf(sum / (scale * scale) / config::hidden_size + config::rms_norm_eps) / scale;
+    }
+  }
+  __device__ __forceinline__ float apply(int i, float sum) const { return sum * factor[i]; }
+};
+
 // A consumer warp's sums of the tile.
 template <class S>
-__device__ __forceinline__ void send_part(const Cta& cta, const Parts& parts, const Sums<typename S::F>& sums,
-                                          int part) {
+__device__ __forceinline__ void send_part(const Cta& cta, const Parts& parts, const Sums<typename S::F>& sums, int part,
+                                          const NormFactors<S>& factors) {
   const int buffer = parts.buffer();
   cta.wait(&cta.shared.part_free[buffer], parts.free_parity(), WaitKind::part_free);
-  sums.leave(cta, cta.shared.part[buffer][part]);
+  sums.leave(cta, cta.shared.part[buffer][part], factors);
   if constexpr (S::F::row_scale_bytes > 0) {
     if (part == S::last_part && cta.lane < tile_rows) cta.shared.row_scale[buffer][cta.lane] = sums.row_scale;
   }
@@ -26,17 +53,21 @@ __device__ __forceinline__ void send_part(const Cta& cta, const Parts& parts, co
   mbarrier_arrive_warp<part_arrivals / S::num_parts>(&cta.shared.part_ready[buffer], cta.lane);
 }
 
-// The finishing warp's sums of the tile. Lane: row lane % 16, tokens lane / 16 + 2 i.
+// The finishing warp's sums of a tile. Lane: row lane % 16, tokens lane / 16 + 2 i; of one token the second half of the
+// warp has the next tile, if `num_tiles` is 2.
 template <class S>
 struct TileSums {
   static constexpr int num = (max_rows + 1) / 2;
   float token[num];
 
-  __device__ __forceinline__ TileSums(const Cta& cta, const Parts& parts) {
-    const int buffer = parts.buffer();
-    cta.wait(&cta.shared.part_ready[buffer], parts.ready_parity(), WaitKind::part_ready);
-    const int first = max_rows > 1 ? cta.lane / 16 : 0;
-    const float* part = cta.shared.part[buffer][0] + first * part_stride + cta.lane % 16;
+  __device__ __forceinline__ TileSums(const Cta& cta, Parts& parts, int num_tiles) {
+    const int half = cta.lane / tile_rows;
+    Parts next = parts;
+    if (num_tiles == 2) ++next.tile;
+    await(cta, parts);
+    if (num_tiles == 2) await(cta, next);
+    const int buffer = half == 1 && tiles_finished == 2 ? next.buffer() : parts.buffer();
+    const float* part = cta.shared.part[buffer][0] + (max_rows > 1 ? half : 0) * part_stride + cta.lane % tile_rows;
 #pragma unroll
     for (int i = 0; i < num; ++i) {
       float value[S::num_parts];
@@ -48,6 +79,13 @@ struct TileSums {
       if constexpr (S::F::row_scale_bytes > 0) token[i] *= cta.shared.row_scale[buffer][cta.lane % tile_rows];
     }
     __syncwarp();
-    mbarrier_arrive_warp<1>(&cta.shared.part_free[buffer], cta.lane);
+    mbarrier_arrive_warp<1>(&cta.shared.part_free[parts.buffer()], cta.lane);
+    if (num_tiles == 2) mbarrier_arrive_warp<1>(&cta.shared.part_free[next.buffer()], cta.lane);
+    parts.tile += num_tiles;
+  }
+
+ private:
+  static __device__ __forceinline__ void await(const Cta& cta, const Parts& parts) {
+    cta.wait(&cta.shared.part_ready[parts.buffer()], parts.ready_parity(), WaitKind::part_ready);
   }
 };

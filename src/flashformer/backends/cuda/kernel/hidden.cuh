@@ -1,27 +1,58 @@
 // The hidden state between stages: who owns it, how it travels, how it is normalised.
 //
-// The fp32 residual of a row lives in the shared memory of the CTA that owns the row in o_proj and down. It travels in 16
-// bits; every CTA multiplies by the norm's weights and adds the squares (fetch.cuh), and 1 / rms is a factor of the next
-// stage's sums.
+// The fp32 residual of a row lives in the shared memory of the CTA that owns the row in o_proj and down; where those are
+// two CTAs, it goes from one to the other as dated values. Everybody gets the hidden state in 16 bits; every CTA multiplies
+// by the norm's weights and adds the squares (fetch.cuh), and 1 / rms is a factor of the next stage's sums.
 #pragma once
 #include "embedding.cuh"
 #include "matvec.cuh"
 
-// Output rows of o_proj and down: add to the residual, publish for the next stage.
-struct HiddenOutput {
-  int first_tile;
-  const float* bias;          // [hidden_size] or null
-  u8* out;
+// The residual on its way from the CTA that owned the rows before, or to the next.
+struct ResidualWay {
+  u8* values;  // [exchange_rows][hidden_size], dated; null: in shared memory, or nobody needs it
+  u32 epoch;
 
-  __device__ __forceinline__ void operator()(const Cta& cta, u32 tag, int tile, int token, float sum) const {
+  __device__ __forceinline__ u8* at(int token, int col) const {
+    return values + (u64(token) * padded(config::hidden_size) + col) * dated_bytes;
+  }
+};
+
+// Output rows of o_proj and down: add to the residual, publish for the next stage. Lane: row lane % 16 of its tile.
+struct HiddenOutput {
+  static constexpr int num = (max_rows + 1) / 2;
+  int first_tile;
+  const float* bias;  // [hidden_size] or null
+  u8* out;
+  ResidualWay from;
+  ResidualWay to;
+  u64 travelling[num];
+
+  // The residual of a tile whose sums are still to come, for the tokens first_token + 2 i.
+  __device__ __forceinline__ void fetch(const Cta& cta, int tile, int first_token) {
+    if (!residual_travels || from.values == nullptr) return;
+    const int col = tile * tile_rows + cta.lane % tile_rows;
+#pragma unroll
+    for (int i = 0; i < num; ++i) {
+      const int token = first_token + 2 * i;
+      if (token < cta.args.num_rows && col < config::hidden_size) travelling[i] = load_dated(from.at(token, col));
+    }
+  }
+
+  __device__ __forceinline__ void operator()(const Cta& cta, u32 tag, int tile, int token, int i, float sum) const {
     const int row = cta.lane % tile_rows;
     const int col = tile * tile_rows + row;
     const bool valid = token < cta.args.num_rows;
     float hidden = 0;
     if (valid && col < config::hidden_size) {
-      float& residual = cta.shared.residual[tile - first_tile][token][row];
+      float& stays = cta.shared.residual[tile - first_tile][token][row];
+      const bool comes = residual_travels && from.values != nullptr;
+      const float residual = comes ? await_dated(cta, travelling[i], from.at(token, col), from.epoch) : stays;
       hidden = residual + (bias ? sum + bias[col] : sum);
-      residual = hidden;
+      if constexpr (!residual_travels) {
+        stays = hidden;
+      } else if (to.values != nullptr) {
+        send_dated(to.at(token, col), hidden, to.epoch);
+      }
     }
     send_halves(cta, out + token * x_row_bytes(config::hidden_size) + col * 2, hidden * config::exchange_scale, tag,
                 valid);
@@ -31,8 +62,8 @@ struct HiddenOutput {
 // Embedding rows of the step's tokens: into x (times the first norm's weight) and the residual of the owned rows.
 // Every CTA reads all of them, which saves a hand-off.
 __device__ __noinline__ void embed(const Cta cta) {
-  const int begin = Stage<Kind::down>::begin(cta.idx);
-  const int end = Stage<Kind::down>::end(cta.idx);
+  const int begin = Stage<Kind::o_proj>::begin(cta.idx);
+  const int end = Stage<Kind::o_proj>::end(cta.idx);
   const float* norm_weight = vector_at(cta, layer_table[0].input_layernorm);
   using X = Stage<Kind::qkv>::X;
   constexpr int pairs = X::packets * 4;
@@ -62,14 +93,9 @@ __device__ __noinline__ void embed(const Cta cta) {
       }
     }
     square = warp_sum(square);
-    if (cta.lane == 0) cta.shared.warp_sum[cta.warp][token] = square;
+    if (cta.lane == 0) leave_squares(cta, token, square * (config::exchange_scale * config::exchange_scale));
   }
   cta.consumer_sync();
-  if (cta.thread < cta.args.num_rows) {
-    float sum = 0;
-    for (int w = 0; w < num_consumer_warps; ++w) sum += cta.shared.warp_sum[w][cta.thread];
-    cta.shared.rstd[cta.thread] = rstd_of(sum) / config::exchange_scale;
-  }
   convert_x<Stage<Kind::qkv>>(cta);
   cta.consumer_sync();
 }
@@ -85,8 +111,12 @@ __device__ __forceinline__ float2 rotation(float angle, float factor) {
   return make_float2(c * factor, s * factor);
 }
 
-// The rotations of every row's position, for all layers of the step.
-__device__ __forceinline__ void load_rotations(const Cta& cta, int step) {
+// What every row's position means for all layers of the step: the page of its key and value, and the rotations.
+__device__ __forceinline__ void load_positions(const Cta& cta, int step) {
+  if (cta.thread < cta.args.num_rows) {
+    const int page = (cta.args.positions[cta.thread] + step) / config::page_tokens;
+    cta.shared.own_page[cta.thread] = cta.args.page_table[cta.args.slots[cta.thread] * cta.args.max_pages + page];
+  }
   constexpr int half = config::rotary_dim / 2;
   if constexpr (half > 0) {
     for (int rope = 0; rope < config::num_ropes; ++rope) {

@@ -1,6 +1,6 @@
 // Tiles of 16 rows times the activations of 1 to 8 tokens: who multiplies what.
 //
-// Two warps share a slot of the ring, and four slots are multiplied at once; finish.cuh adds the warps' sums in a fixed
+// Four warps share a slot of the ring, and two slots are multiplied at once; finish.cuh adds the warps' sums in a fixed
 // order: a token's result depends neither on the other tokens nor on the time of day.
 #pragma once
 #include "fetch.cuh"
@@ -24,7 +24,7 @@ template <class S>
 struct Share {
   using F = typename S::F;
   int chunk;    // the first of a tile, for the first tile
-  int lead;     // 0: takes the first runs of a chunk, 1: the rest
+  int lead;     // 0: takes the first runs of a chunk, 1: the next, ...
 
   __device__ __forceinline__ explicit Share(const Cta& cta)
       : chunk(cta.warp / warps_a_slot), lead(cta.warp % warps_a_slot) {}
@@ -42,9 +42,9 @@ struct Share {
   __device__ __forceinline__ void multiply(const Cta& cta, Sums<F>& sums, const u8* slot, const Operand& x, int c) const {
     const Operand at = x.from(c * S::chunk_runs);
     if ((S::last_runs == S::chunk_runs && S::last_blocks == F::run_blocks) || c < S::num_chunks - 1) {
-      multiply_half<S::chunk_runs, F::run_blocks>(cta, sums, slot, at);
+      multiply_share<S::chunk_runs, F::run_blocks>(cta, sums, slot, at);
     } else {
-      multiply_half<S::last_runs, S::last_blocks>(cta, sums, slot, at);
+      multiply_share<S::last_runs, S::last_blocks>(cta, sums, slot, at);
     }
     if constexpr (F::row_scale_bytes > 0) {
       if (c == S::num_chunks - 1) sums.load_row_scale(cta, slot + S::last_bytes - F::row_scale_bytes);
@@ -54,14 +54,15 @@ struct Share {
  private:
   // last_blocks: of the chunk's last run.
   template <int count, int last_blocks, class Operand>
-  __device__ __forceinline__ void multiply_half(const Cta& cta, Sums<F>& sums, const u8* slot, const Operand& x) const {
-    constexpr int first = ceil_div(count, warps_a_slot);
-    if constexpr (count == 2 * first && last_blocks == F::run_blocks) {
-      multiply_runs<F, first, last_blocks>(cta, sums, slot + lead * first * F::run_bytes, x.from(lead * first));
-    } else if (lead == 0) {
-      multiply_runs<F, first, count == first ? last_blocks : F::run_blocks>(cta, sums, slot, x);
-    } else {
-      multiply_runs<F, count - first, last_blocks>(cta, sums, slot + first * F::run_bytes, x.from(first));
+  __device__ __forceinline__ void multiply_share(const Cta& cta, Sums<F>& sums, const u8* slot, const Operand& x) const {
+    constexpr int most = ceil_div(count, warps_a_slot);
+    constexpr int last = (count - 1) / most;  // who has the last run; whoever comes behind has none
+    const u8* first = slot + lead * most * F::run_bytes;
+    const Operand at = x.from(lead * most);
+    if ((count == most * warps_a_slot && last_blocks == F::run_blocks) || lead < last) {
+      multiply_runs<F, most, F::run_blocks>(cta, sums, first, at);
+    } else if (lead == last) {
+      multiply_runs<F, count - last * most, last_blocks>(cta, sums, first, at);
     }
   }
 };
@@ -85,13 +86,14 @@ template <class S>
 __device__ __forceinline__ void matvec(const Cta& cta, RingReader& ring, Parts& parts) {
   const Operand<typename S::F, typename S::X> x(cta, cta.x);
   const Share<S> share(cta);
+  const NormFactors<S> factors(cta);
   const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
 #pragma unroll 1
   for (int tile = 0; tile < num_tiles; ++tile, ++parts.tile) {
     Sums<typename S::F> sums;
     const int first = share.first_chunk(tile);
     multiply_tile(cta, ring, share, sums, x, first, 0, S::num_chunks);
-    if (first < S::num_chunks) send_part<S>(cta, parts, sums, share.part(tile));
+    if (first < S::num_chunks) send_part<S>(cta, parts, sums, share.part(tile), factors);
   }
 }
 
@@ -133,7 +135,7 @@ __device__ __forceinline__ void matvec_windows(const Cta& cta, RingReader& ring,
 #pragma unroll
     for (int i = 0; i < S::group; ++i) {
       if (group + i >= num_tiles) break;
-      send_part<S>(cta, parts, sums[i], share.part(group + i));
+      send_part<S>(cta, parts, sums[i], share.part(group + i), NormFactors<S>(cta));
       ++parts.tile;
     }
   }

@@ -58,21 +58,23 @@ struct RowScale {
 // Four chains of sums hide the latency of the tensor core.
 template <class F>
 struct Sums<F, false> : RowScale<F> {
+  static constexpr int num_tokens = max_rows > 1 ? 2 : 1;  // of a lane
   float chain[4][4] = {};
+
+  static __device__ __forceinline__ int token(int lane, int i) { return lane % 4 * 2 + i; }
 
   __device__ __forceinline__ float total(int i) const {
     return (chain[0][i] + chain[1][i]) + (chain[2][i] + chain[3][i]);
   }
-  // Into a part: [max_rows][part_stride].
-  __device__ __forceinline__ void leave(const Cta& cta, float* part) const {
-    const int token = cta.lane % 4 * 2;
-    float* out = part + token * part_stride + cta.lane / 4;
-    if (token >= max_rows) return;
-    out[0] = total(0);
-    out[8] = total(2);
-    if constexpr (max_rows > 1) {
-      out[part_stride] = total(1);
-      out[part_stride + 8] = total(3);
+  // Into a part: [max_rows][part_stride], times the tokens' factors.
+  template <class Factors>
+  __device__ __forceinline__ void leave(const Cta& cta, float* part, const Factors& factors) const {
+    float* out = part + token(cta.lane, 0) * part_stride + cta.lane / 4;
+    if (token(cta.lane, 0) >= max_rows) return;
+#pragma unroll
+    for (int i = 0; i < num_tokens; ++i) {
+      out[i * part_stride] = factors.apply(i, total(i));
+      out[i * part_stride + 8] = factors.apply(i, total(i + 2));
     }
   }
 };
@@ -127,16 +129,19 @@ struct FloatRuns {
 
 template <class F>
 struct Sums<F, true> : RowScale<F> {
-  float row[byte_sets][2] = {};  // rows lane / 4 and + 8, token lane % 4 + 4 * set
+  static constexpr int num_tokens = byte_sets;  // of a lane
+  float row[byte_sets][2] = {};                 // rows lane / 4 and + 8
 
-  __device__ __forceinline__ void leave(const Cta& cta, float* part) const {
+  static __device__ __forceinline__ int token(int lane, int set) { return lane % 4 + 4 * set; }
+
+  template <class Factors>
+  __device__ __forceinline__ void leave(const Cta& cta, float* part, const Factors& factors) const {
 #pragma unroll
     for (int set = 0; set < byte_sets; ++set) {
-      const int token = cta.lane % 4 + 4 * set;
-      if (token >= max_rows) break;
-      float* out = part + token * part_stride + cta.lane / 4;
-      out[0] = row[set][0];
-      out[8] = row[set][1];
+      if (token(cta.lane, set) >= max_rows) break;
+      float* out = part + token(cta.lane, set) * part_stride + cta.lane / 4;
+      out[0] = factors.apply(set, row[set][0]);
+      out[8] = factors.apply(set, row[set][1]);
     }
   }
 };

@@ -25,10 +25,21 @@ __device__ __forceinline__ bool arrived(const Vec16& packet, u32 tag) {
 
 // A value for which one bit is not enough, since its place is not written in every layer: it carries the number of the
 // layer since the process started. Eight bytes are one single-copy atomic access, too.
-constexpr u32 dated_bytes = 8;
-
 __device__ __forceinline__ void send_dated(void* at, float value, u32 epoch) {
   st_relaxed_gpu_b64(at, __float_as_uint(value), epoch);
+}
+
+__device__ __forceinline__ u64 load_dated(const void* at) { return ld_relaxed_gpu(static_cast<const u64*>(at)); }
+
+// Poll again until the value is there.
+__device__ __forceinline__ float await_dated(const Cta& cta, u64 dated, const void* at, u32 epoch) {
+  const Stopwatch stopwatch(cta, WaitKind::packet);
+  Patience patience;
+  while (static_cast<u32>(dated >> 32) != epoch) {
+    dated = load_dated(at);
+    if (patience.ends(cta.args, cta.shared, WaitKind::packet)) break;
+  }
+  return __uint_as_float(static_cast<u32>(dated));
 }
 
 // Two neighbouring dated values.

@@ -41,14 +41,16 @@ struct RowPast {
     num_pages = base > first ? (base + config::page_tokens - 1) / config::page_tokens - first_page : 0;
     const int even = (num_pages * config::num_kv_heads + config::num_ctas - 1) / config::num_ctas;
     chunk_pages = max(min_chunk_pages, even);
-    num_chunks = max(1, (num_pages + chunk_pages - 1) / chunk_pages);
+    num_chunks = num_pages <= chunk_pages ? 1 : (num_pages + chunk_pages - 1) / chunk_pages;
   }
 };
 
-// Calls body(row, past, kv_head, chunk) for every unit of this CTA; producer and consumers walk the same list.
+// Calls body(row, past, kv_head, chunk) for every unit of this CTA; producer and consumers walk the same list. Returns
+// whether any row has several chunks.
 template <class Body>
-__device__ __forceinline__ void for_each_unit(const Cta& cta, int step, int window, Body&& body) {
+__device__ __forceinline__ bool for_each_unit(const Cta& cta, int step, int window, Body&& body) {
   int first_unit = 0;
+  bool chunked = false;
   for (int row = 0; row < cta.args.num_rows; ++row) {
     const RowPast past(cta.args.positions[row] + step, cta.args.bases[row] + step, window);
     const int units = config::num_kv_heads * past.num_chunks;
@@ -58,7 +60,9 @@ __device__ __forceinline__ void for_each_unit(const Cta& cta, int step, int wind
       body(row, past, unit % config::num_kv_heads, unit / config::num_kv_heads);
     }
     first_unit += units;
+    chunked |= past.num_chunks > 1;
   }
+  return chunked;
 }
 
 __device__ __forceinline__ const u8* page_at(const Cta& cta, int layer, int page, int kv_head) {

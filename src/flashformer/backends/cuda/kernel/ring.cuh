@@ -70,6 +70,7 @@ struct RingWriter {
     while (!mbarrier_try_wait(&cta.shared.full[landed.slot], landed.parity)) {
       if (++patience.polls % 64 == 0 && patience.over(cta.args)) {
         *static_cast<volatile u32*>(&cta.shared.aborted) = static_cast<u32>(kind) << 8 | cta.warp;
+        cta.shared.aborted_at = *static_cast<volatile int*>(&cta.shared.matrix);
         break;
       }
     }

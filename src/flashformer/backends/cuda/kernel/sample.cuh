@@ -58,8 +58,10 @@ __device__ __noinline__ void race_rows(const Cta cta, int step) {
   }
 }
 
-// Before the barrier: this CTA's candidates, and from CTA 0 whether the host wants the launch to end.
+// Before the barrier: this CTA's candidates, from CTA 0 whether the host wants the launch to end, and the step's keys and
+// values for those who will read them by bulk copies.
 __device__ __forceinline__ void publish(const Cta& cta, const Exchange& exchange, int step) {
+  fence_proxy_async();
   if (cta.lane == 0 && cta.warp < cta.args.num_rows) {
     const int at = cta.warp * config::num_ctas + cta.idx;
     const bool lost = cta.aborted();

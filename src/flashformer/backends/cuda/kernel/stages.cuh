@@ -17,7 +17,7 @@ __device__ __forceinline__ Moment moment_of(Moment of_qkv, Kind kind) {
   return static_cast<Moment>(static_cast<int>(of_qkv) + static_cast<int>(kind));
 }
 
-constexpr int warps_a_slot = 2;  // that share its runs; the others work on the slots before and after
+constexpr int warps_a_slot = 4;  // that share its runs; the others work on the slots before and after
 constexpr int slots_at_once = num_consumer_warps / warps_a_slot;
 
 // Activations too wide for shared memory come in windows, two at a time: one is read while one is filled.
@@ -43,6 +43,8 @@ struct Stage {
                                : kind == Kind::lm_head ? ceil_div(config::vocab_size, tile_rows)
                                                        : hidden_tiles;
   static constexpr bool normed = kind == Kind::qkv || kind == Kind::gate_up || kind == Kind::lm_head;
+  // Some CTAs have no tile. They need not know this stage's input, which no other stage reads.
+  static constexpr bool may_be_idle = (kind == Kind::o_proj || kind == Kind::down) && residual_travels;
   static constexpr bool layered = kind != Kind::lm_head;
 
   using F = typename FormatOf<kind>::type;
@@ -76,8 +78,9 @@ struct Stage {
   static constexpr int group = windowed ? config::window_tiles : 1;  // tiles that share a pass over the windows
 
   // This CTA's tiles: contiguous, as even as whole tiles allow (plan/tiles.py).
+  static constexpr int shift = kind == Kind::down && residual_travels ? config::num_ctas / 2 : 0;
   static __device__ __forceinline__ int begin(int cta_idx) {
-    return static_cast<int>(static_cast<long long>(tiles) * cta_idx / config::num_ctas);
+    return static_cast<int>((static_cast<long long>(tiles) * cta_idx + shift) / config::num_ctas);
   }
   static __device__ __forceinline__ int end(int cta_idx) { return begin(cta_idx + 1); }
 
