@@ -42,6 +42,8 @@ def cuda_plan(checkpoint, variant):
         kv_format="bf16",
         max_rows=8,
         prompt_rows=CHUNK,
+        slot_bytes=16384,
+        window_bytes=32768,
     )
     name = "f16" if weights.dtype == "f16" else "bf16"
     return make_plan(spec, machine, PlanOptions(name, name, LENGTH, max_batch=4)), weights

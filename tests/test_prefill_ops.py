@@ -10,6 +10,7 @@ import torch
 
 from checkpoints import make_checkpoint
 from emulated_kernels import emulated_ops
+from flashformer.backends.cuda.compile import compile_kernel
 from flashformer.backends.cuda.kv_pages import Pages
 from flashformer.backends.cuda.machine import cuda_machine
 from flashformer.backends.cuda.prefill_kernels import KernelOps
@@ -24,13 +25,17 @@ CASES = [("cpu", v) for v in VARIANTS]
 CASES += [pytest.param(("cuda", v), marks=pytest.mark.gpu) for v in VARIANTS]
 
 
+def plan_for(folder, variant):
+    wider = {} if head_dim(variant) % 8 == 0 else {"head_dim": 24}
+    made = make_checkpoint(folder / "model", variant, **wider)
+    return cuda_plan(lambda _: made, variant)
+
+
 class Case:
     """A model's plan and image, and both ways to compute."""
 
     def __init__(self, folder, device, variant):
-        wider = {} if head_dim(variant) % 8 == 0 else {"head_dim": 24}
-        made = make_checkpoint(folder / "model", variant, **wider)
-        plan, weights = cuda_plan(lambda _: made, variant)
+        plan, weights = plan_for(folder, variant)
         if device == "cuda":
             machine = cuda_machine(plan.spec)
             plan = replace(plan, machine=replace(plan.machine, arch=machine.arch))
@@ -67,6 +72,12 @@ def assert_same(found, expected):
     assert (found == expected).float().mean() > 0.98
     step = 2.0**-7 * expected.abs() + 1e-5 * expected.abs().max()
     assert bool(((found - expected).abs() <= step).all())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernels_compile_for_these_plans(tmp_path, variant):
+    plan, _ = plan_for(tmp_path, variant)
+    assert compile_kernel(plan, "prefill").resources.spill_bytes == 0
 
 
 def test_every_matrix_is_unpacked_bit_by_bit(case):

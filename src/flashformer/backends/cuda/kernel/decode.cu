@@ -74,16 +74,14 @@ struct Consumer {
   template <Kind kind>
   __device__ __forceinline__ void multiply(int layer, const u8* input, u32 input_tag) {
     using S = Stage<kind>;
-    if constexpr (S::may_be_idle) {
-      if (S::begin(cta.idx) == S::end(cta.idx)) return;
-    }
+    const bool idle = S::may_be_idle && S::begin(cta.idx) == S::end(cta.idx);
     if constexpr (S::windowed) {
-      matvec_windows<S>(cta, ring, input, input_tag, parts);
+      if (!idle) matvec_windows<S>(cta, ring, input, input_tag, parts);
     } else {
       if constexpr (S::normed) {
         if (!is_embedded<kind>(layer)) load_normed_x<S>(cta, input, input_tag, norm_offset<kind>(layer));
       } else {
-        load_x<S>(cta, input, input_tag);
+        if (!idle) load_x<S>(cta, input, input_tag);
       }
       cta.trace(moment_of(Moment::qkv_input, kind), layer);
       matvec<S>(cta, ring, parts);
