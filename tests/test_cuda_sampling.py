@@ -138,6 +138,38 @@ def test_rows_do_not_see_their_neighbours_choices(backend):
         assert alone[0] == together[row]
 
 
+def test_a_token_that_the_host_interrupted_is_drawn_again_the_same():
+    """Rows with filters, thirty layers, launches that end at any moment of a token."""
+    spec = ModelSpec.from_hf(SHAPES["smollm2-135m"])
+    options = PlanOptions("bf16", "bf16", 512, max_batch=ROWS)
+    backend = open_backend("cuda", spec, RandomWeights(spec), options, num_pages=ROWS * 8)
+    rng = np.random.default_rng(1)
+    choices = [Choice(temperature=1.0, seed=s, top_p=(1.0, 0.9)[s % 2]) for s in range(3)]
+
+    def launch(drawn):
+        last, position = (drawn[-1], len(drawn)) if len(drawn) else (np.arange(3), 0)
+        rows = [DecodeRow(int(last[i]), position, i, choice) for i, choice in enumerate(choices)]
+        return backend.launch(rows, page_table(), 300 - len(drawn))
+
+    began = time.perf_counter()
+    expected = list(launch([]))
+    token_seconds = (time.perf_counter() - began) / 300
+    found, launches = [], 0
+    while len(found) < 300:
+        flight, launches = launch(found), launches + 1
+        for _ in range(rng.integers(1, 5)):
+            found += [tokens for tokens in [next(flight, None)] if tokens is not None]
+        until = time.perf_counter() + rng.random() * token_seconds
+        while time.perf_counter() < until:
+            pass
+        flight.stop()
+        found += list(flight)
+    backend.close()
+
+    assert np.array_equal(found, expected)
+    assert launches > 30
+
+
 def test_the_host_ends_a_launch_within_two_milliseconds(backend):
     rows = [DecodeRow(5, POSITION, 0, Choice())]
     waits = []

@@ -45,7 +45,10 @@ class Flight:
             raise StopIteration
         tokens: Int32 = self._tokens[self._step].copy()
         if (tokens == ABANDONED).any():
+            wanted = bool(self.stop_word[0])
             self.land()
+            if wanted:
+                raise StopIteration
             raise FlashFormerError("the CUDA kernel abandoned a token without saying why")
         self._step += 1
         return tokens
@@ -69,7 +72,7 @@ class Flight:
         return times
 
     def stop(self) -> None:
-        """Ask the kernel to end at the next token."""
+        """Ask the kernel to end: with the token that it is at, or without it."""
         self.stop_word[0] = 1
 
     def land(self) -> None:

@@ -57,12 +57,16 @@ struct Shared {
   u32 last;     // the launch ends with this token
   u32 barrier_phase;  // of the grid barrier; thread 0's
   u32 search_rounds;  // of all rows' filters in this launch
-  u32 aborted;  // not 0: nobody waits any more; kind << 8 | warp of the wait that timed out, or 1: the launch ends early
+  u32 aborted;  // not 0: nobody waits any more; kind << 8 | warp of the wait that timed out, or `ends_early`
   int matrix;   // that the consumers are at
   int aborted_at;  // the matrix of the wait that timed out
   int moments[2];   // of the timeline: consumers, producer
   u32 waited[2][2]; // ns since the last moment, [track][ring, or packets and landing copies]
 };
+
+// `Shared::aborted` without a wait that has timed out: the host wants the launch to end, or it ends with this token. All
+// CTAs still meet at the barriers.
+constexpr u32 ends_early = 1;
 
 // Counts the polls of one wait and ends it when its time is over. A wait that times out leaves a word in `aborted`,
 // after which nobody in the CTA waits any more and the kernel runs to its end; no calls, so that a wait costs the
@@ -72,10 +76,10 @@ struct Patience {
   u32 polls = 0;
 
   __device__ __forceinline__ bool ends(const StepArgs& args, Shared& shared, WaitKind kind) {
-    if (++polls % 64 != 0) return false;
+    if (++polls != 1 && polls % 8 != 0) return false;
     volatile u32* aborted = &shared.aborted;
-    if (*aborted != 0) return true;
-    if (!over(args)) return false;
+    if (*aborted > (kind == WaitKind::grid_barrier ? ends_early : 0)) return true;
+    if (polls % 64 != 0 || !over(args)) return false;
     *aborted = static_cast<u32>(kind) << 8 | threadIdx.x / 32;
     shared.aborted_at = *static_cast<volatile int*>(&shared.matrix);
     return true;
@@ -128,14 +132,19 @@ struct Cta {
   // kept in registers from one layer to the next.
   __device__ __forceinline__ void begin_stage() { asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(idx)); }
 
-  // Wait for a phase of a barrier in shared memory; after args.wait_limit_ns give up and let everybody run on.
-  __device__ __forceinline__ void wait(u64* bar, u32 parity, WaitKind kind) const {
+  // Wait for a phase of a barrier in shared memory; after args.wait_limit_ns give up and let everybody run on. Returns
+  // whether the phase is over.
+  __device__ __forceinline__ bool wait(u64* bar, u32 parity, WaitKind kind) const {
     const Stopwatch stopwatch(*this, kind);
     Patience patience;
     while (!mbarrier_try_wait(bar, parity)) {
-      if (patience.ends(args, shared, kind)) return;
+      if (patience.ends(args, shared, kind)) return false;
     }
+    return true;
   }
+
+  // The others in the CTA leave off where they are.
+  __device__ __forceinline__ void end_early() const { atomicCAS(&shared.aborted, 0u, ends_early); }
 
   __device__ bool is_traced() const { return thread == 0 || (is_producer() && lane == 0); }
 

@@ -54,10 +54,9 @@ struct Consumer {
 
   __device__ explicit Consumer(Cta& c) : cta(c), ring(c), exchange(c.args) {}
 
-  // The others in the CTA leave off where they are.
   __device__ __forceinline__ void end_early() const {
     cta.consumer_sync();
-    if (cta.thread == 0) atomicCAS(&cta.shared.aborted, 0u, 1u);
+    if (cta.thread == 0) cta.end_early();
   }
 
   // The next matrix, and what the host may ask for: to stop early and look at the buffers.
@@ -143,8 +142,21 @@ struct Finisher {
   Parts parts;
   u32 tag = 0;
   u32 epoch;  // of this layer's dated values
+  u32 answer = 0;  // of `abandon_if_wanted`
 
   __device__ explicit Finisher(Cta& c) : cta(c), exchange(c.args), epoch(c.args.epoch) {}
+
+  // Whether the host wants the launch to end, though the token is not complete: CTA 0 asks it and tells the others by the
+  // launch's number. All ask once a layer and look at the answer a layer later, so that nobody waits for it. Whoever knows
+  // runs to the token's end without waiting, where it is abandoned; a token is never sent out if anybody has.
+  __device__ __forceinline__ void abandon_if_wanted() {
+    const bool asks_host = cta.idx == 0;
+    if (cta.lane == 0 && answer == (asks_host ? 1 : cta.args.epoch)) {
+      if (asks_host) st_relaxed_gpu(exchange.abandon, cta.args.epoch);
+      cta.end_early();
+    }
+    answer = asks_host ? ld_relaxed_sys(cta.args.stop) : ld_relaxed_gpu(exchange.abandon);
+  }
 
   __device__ __forceinline__ void next_layer() {
     tag ^= 1;
@@ -231,6 +243,7 @@ struct Finisher {
     if (stops_before(first + 1)) return false;
     finish<Kind::o_proj>(layer);
     if (stops_before(first + 2)) return false;
+    abandon_if_wanted();  // here, for this stage needs no other values from memory
     finish<Kind::gate_up>(layer);
     if (stops_before(first + 3)) return false;
     finish<Kind::down>(layer);

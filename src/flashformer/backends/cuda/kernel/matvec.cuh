@@ -75,7 +75,8 @@ __device__ __forceinline__ void multiply_tile(const Cta& cta, RingReader& ring, 
   ring.skip(first - at);
 #pragma unroll 1
   for (int chunk = first; chunk < end; chunk += slots_at_once) {
-    share.multiply(cta, sums, ring.wait(), x, chunk);
+    const u8* slot = ring.wait();
+    if (!ring.is_lost()) share.multiply(cta, sums, slot, x, chunk);
     ring.release<num_consumer_warps / warps_a_slot>();
     ring.skip(min(slots_at_once, end - chunk));
   }

@@ -121,6 +121,10 @@ __device__ __forceinline__ u64 ld_relaxed_gpu(const u64* p) {
   return v;
 }
 
+__device__ __forceinline__ void st_relaxed_gpu(u32* p, u32 v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
 // The host's memory.
 __device__ __forceinline__ u32 ld_relaxed_sys(const u32* p) {
   u32 v;

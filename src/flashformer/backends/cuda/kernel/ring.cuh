@@ -31,6 +31,7 @@ struct RingWriter {
 
   __device__ void fill(const u8* source, u32 bytes) {
     Shared& shared = cta.shared;
+    if (__any_sync(~0u, cta.aborted())) return;
     while (in_flight >= most_in_flight()) land(WaitKind::slot_landed);
     cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
     if (__any_sync(~0u, cta.aborted())) return;  // nobody reads on
@@ -91,8 +92,12 @@ struct RingReader {
 
   __device__ explicit RingReader(const Cta& c) : cta(c) {}
 
+  // A wait has ended without its slot, so there is nothing to wait for any more. A third parity says so, for registers
+  // are short; it stays beyond 1 as the position advances.
+  __device__ __forceinline__ bool is_lost() const { return next.parity > 1; }
+
   __device__ __forceinline__ const u8* wait() {
-    cta.wait(&cta.shared.full[next.slot], next.parity, WaitKind::slot_full);
+    if (!is_lost() && !cta.wait(&cta.shared.full[next.slot], next.parity, WaitKind::slot_full)) next.parity = 2;
     return cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
   }
 
