@@ -19,7 +19,7 @@ constexpr int tile_rows = 16;
 constexpr int tiles_finished = max_rows == 1 ? 2 : 1;  // at once: the finisher's lanes are two tokens, or two tiles
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
 constexpr int num_part_buffers = 2;
-constexpr int part_arrivals = 24;  // that make a tile's parts ready: 2, 4, 6 or 8 warps share them
+constexpr int part_arrivals = num_consumer_warps;  // that make a tile's parts ready; four warps or all share them
 constexpr int part_stride = 20;    // floats between tokens of a part: conflict-free for the mma layout
 
 enum class WaitKind : u32 {

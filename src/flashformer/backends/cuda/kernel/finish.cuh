@@ -33,7 +33,8 @@ struct NormFactors<S, true> {
       const float4 b = reinterpret_cast<const float4*>(cta.shared.squares[token])[1];
       const float sum = a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w;
       constexpr float scale = config::exchange_scale;
-      factor[i] = rsqrtf(sum / (scale * scale) / config::hidden_size + config::rms_norm_eps) / scale;
+      constexpr float share = 1.f / (scale * scale * config::hidden_size);
+      factor[i] = rsqrtf(sum * share + config::rms_norm_eps) * (1.f / scale);
     }
   }
   __device__ __forceinline__ float apply(int i, float sum) const { return sum * factor[i]; }
