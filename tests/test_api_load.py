@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import flashformer
 from flashformer import LLM, SamplingParams
+from flashformer.backends import reference
+from flashformer.backends.reference import reference_machine
 from flashformer.engine.memory import available_memory, require_memory
 from flashformer.errors import (
     CheckpointError,
@@ -16,6 +19,7 @@ from flashformer.errors import (
     ParameterError,
     UsageError,
 )
+from flashformer.serve.load import LoadOptions, plan_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPT = "One token takes one launch"
@@ -43,7 +47,7 @@ def test_seeds_of_requests_without_one_come_from_the_llm(checkpoint):
         ({"device": "tpu"}, "auto, cpu, cuda, reference"),
         ({"max_batch": 0}, "max_batch"),
         ({"max_batch": True}, "max_batch"),
-        ({"max_batch": 10**6}, "max_batch|batch of"),
+        ({"max_batch": 9}, "batch of 9 .* of 1 to 8"),
         ({"context": 1}, "context"),
         ({"context": 10**9}, "512 positions"),
         ({"context": 1.5}, "context"),
@@ -55,6 +59,30 @@ def test_seeds_of_requests_without_one_come_from_the_llm(checkpoint):
 def test_wrong_options_are_refused_with_one_sentence(checkpoint, options, sentence):
     with pytest.raises(UsageError, match=sentence):
         LLM(checkpoint("llama"), **{"device": "reference", **options})
+
+
+@pytest.fixture
+def four_rows(monkeypatch):
+    """A machine whose step has four rows, as a GPU with little shared memory a CTA."""
+    machine = replace(reference_machine(), max_rows=4)
+    monkeypatch.setattr(reference, "reference_machine", lambda: machine)
+
+
+@pytest.mark.usefixtures("four_rows")
+def test_where_nobody_chose_a_batch_the_machine_does(checkpoint):
+    folder = checkpoint("llama")
+    with LLM(folder, device="reference", context=64) as llm:
+        assert llm.plan.options.max_batch == llm.memory_report().max_batch == 4
+        assert len(llm.generate([PROMPT] * 5, GREEDY)) == 5
+    assert plan_of(LoadOptions(str(folder), "reference", None, 64, None, None)) == llm.plan
+
+
+@pytest.mark.usefixtures("four_rows")
+def test_a_batch_that_somebody_chose_is_had_or_refused(checkpoint):
+    with LLM(checkpoint("llama"), device="reference", context=64, max_batch=3) as llm:
+        assert llm.plan.options.max_batch == 3
+    with pytest.raises(UsageError, match=r"batch of 8 .* choose a max_batch .* of 1 to 4\."):
+        LLM(checkpoint("llama"), device="reference", max_batch=8)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4", "int4g128"])

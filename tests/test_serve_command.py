@@ -56,6 +56,7 @@ def alive(pid):
 def test_it_says_what_it_serves_where_and_for_whom(process):
     text = said(process)
     assert "model   flashformer-default" in text
+    assert "up to 8 texts at a time" in text
     assert "of weights and" in text
     assert "a key is needed" in text
     key = re.search(r"API key (ff-\S+)", text)[1]

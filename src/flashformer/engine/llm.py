@@ -60,7 +60,7 @@ class LLM:
         model: str | os.PathLike[str] | None = None,
         *,
         device: str = "auto",
-        max_batch: int = 8,
+        max_batch: int | None = None,
         context: int | None = None,
         quant: str | None = None,
         seed: int = 0,
@@ -69,9 +69,11 @@ class LLM:
     ) -> None:
         """Load a checkpoint folder or hub id; None: the small embedded default.
 
-        `context` is in tokens (None: the model's, at most 4096); `quant` stores the weights as
-        int8, fp8 or one of the int4 formats (None: as the checkpoint has them); `seed` is that of
-        requests without one; `progress(what, done, total)` is called while loading.
+        `max_batch` is how many sequences run at a time (None: 8, or as many as a step of this model
+        can have on this machine); `context` is in tokens (None: the model's, at most 4096); `quant`
+        stores the weights as int8, fp8 or one of the int4 formats (None: as the checkpoint has
+        them); `seed` is that of requests without one; `progress(what, done, total)` is called while
+        loading.
         """
         _check_options(max_batch, context, quant, seed)
         self.checkpoint = Checkpoint.open(
@@ -90,7 +92,7 @@ class LLM:
             format=quant or weights.dtype,
             head_format=head_format(quant or weights.dtype, machine.kind),
             context=context or min(longest_context(self.spec), DEFAULT_CONTEXT),
-            max_batch=max_batch,
+            max_batch=max_batch or machine.max_batch,
         )
         foreseen = make_plan(self.spec, machine, options)
         self._available = None if machine.kind == "cuda" else available_memory()
@@ -316,9 +318,7 @@ class LLM:
 
 def _check_options(max_batch: object, context: object, quant: object, seed: object) -> None:
     for name, value, least in (("max_batch", max_batch, 1), ("context", context, 2)):
-        if name == "context" and value is None:
-            continue
-        if type(value) is not int or value < least:
+        if value is not None and (type(value) is not int or value < least):
             raise UsageError(f"{name} must be an integer of at least {least}, not {value!r:.40}.")
     if quant is not None and quant not in QUANTS:
         raise UsageError(f"quant must be None or one of {', '.join(QUANTS)}, not {quant!r:.40}.")

@@ -19,8 +19,6 @@ from flashformer.plan.stages import INPUTS, model_stages
 from flashformer.quant.formats import CHOICES, FORMATS, TILE_ROWS
 from flashformer.quant.layout import check_layout
 
-MAX_BATCH = 8  # sequences of one step; the kernels' widest column count
-
 
 def check(plan: Plan) -> None:
     """Raise `PlanError` for the first invariant that `plan` breaks."""
@@ -62,11 +60,10 @@ def _check_machine(plan: Plan) -> None:
 
 def _check_options(plan: Plan) -> None:
     options, machine = plan.options, plan.machine
-    most = min(MAX_BATCH, machine.max_rows)
     _require(
-        1 <= options.max_batch <= most,
+        1 <= options.max_batch <= machine.max_batch,
         f"a plan for {options.max_batch} sequences cannot run on {machine.name}; "
-        f"choose 1 to {most}",
+        f"choose 1 to {machine.max_batch}",
     )
     _require(
         options.context >= 1, f"the context is {options.context} tokens; it must be at least 1"

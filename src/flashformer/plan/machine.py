@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MAX_BATCH = 8  # sequences of one step; the kernels' widest column count
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -22,6 +24,11 @@ class Machine:
     window_bytes: int = 0  # of activations that do not fit shared memory at once (cuda)
     world: int = 1  # GPUs that share the model
     rank: int = 0  # which of them this is
+
+    @property
+    def max_batch(self) -> int:
+        """Most sequences of one step, and as many as it has where nobody chose."""
+        return min(MAX_BATCH, self.max_rows)
 
     def chunk_rows(self, start: int, others: int = 0) -> int:
         """Most rows of a step for a prompt that goes on at position `start`, beside `others` rows.

@@ -79,10 +79,10 @@ def _check_options(spec: ModelSpec, machine: Machine, options: PlanOptions) -> N
             f"A context of {options.context} tokens is not possible: {spec.model_type} with this "
             f"config.json has {limit} positions; choose 1 to {limit}."
         )
-    if not 1 <= options.max_batch <= machine.max_rows:
+    if not 1 <= options.max_batch <= machine.max_batch:
         raise UsageError(
             f"A batch of {options.max_batch} sequences is not possible on {machine.name}; "
-            f"choose a max_batch (--max-batch) of 1 to {machine.max_rows}."
+            f"choose a max_batch (--max-batch) of 1 to {machine.max_batch}."
         )
 
 

@@ -35,7 +35,7 @@ class LoadOptions:
     quant: str | None
     context: int | None
     threads: int | None
-    max_batch: int = 1  # one person, one answer at a time
+    max_batch: int | None = 1  # one person, one answer at a time; None: what a step can hold
 
 
 def load_llm(options: LoadOptions, terminal: Terminal) -> LLM:
@@ -85,5 +85,5 @@ def plan_options(
         format=weight_format,
         head_format=head_format(weight_format, machine.kind),
         context=options.context or min(longest_context(spec), DEFAULT_CONTEXT),
-        max_batch=options.max_batch,
+        max_batch=options.max_batch or machine.max_batch,
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flashformer.codegen.header import render
-from flashformer.plan.check import MAX_BATCH
+from flashformer.plan.machine import MAX_BATCH
 from flashformer.plan.show import show
 from flashformer.serve import options
 from flashformer.serve.load import LoadOptions, plan_of

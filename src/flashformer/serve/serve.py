@@ -55,12 +55,13 @@ ServedName = Annotated[
     ),
 ]
 MaxBatch = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
         max=8,
         envvar="FLASHFORMER_MAX_BATCH",
-        help="Texts that are written at the same time; the others wait.",
+        help="Texts that are written at the same time; the others wait. "
+        "Default: 8, or as many as a step can hold on the GPU.",
     ),
 ]
 Queue = Annotated[int, typer.Option(min=0, envvar="FLASHFORMER_QUEUE", help="Texts that may wait.")]
@@ -95,7 +96,7 @@ def serve(
     allowed_host: AllowedHost = None,
     served_model_name: ServedName = None,
     device: options.Device = "auto",
-    max_batch: MaxBatch = 8,
+    max_batch: MaxBatch = None,
     context: options.Context = None,
     quant: options.Quant = None,
     threads: options.Threads = None,

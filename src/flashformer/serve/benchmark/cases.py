@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashformer.errors import UsageError
-from flashformer.plan.check import MAX_BATCH
+from flashformer.plan.machine import MAX_BATCH
 
 MAX_TOKENS = 1 << 20
 
