@@ -46,6 +46,7 @@ class FakeLaunch:
         self.counts = [counted(row.choice) for row in rows]
         self.drawn, self.read = [], 0
         self.stopped = self.ended = False
+        self.unless = lambda: False
         self.failure = None
         self.random = random.Random(backend.seed + backend.steps)
 
@@ -54,6 +55,8 @@ class FakeLaunch:
 
     def __next__(self):
         while len(self.drawn) == self.read and not self.ended:
+            if self.unless():
+                self.stop()
             self.draw()
         for _ in range(self.random.randrange(self.backend.ahead + 1)):
             self.draw()

@@ -183,3 +183,10 @@ def test_the_host_ends_a_launch_within_two_milliseconds(backend):
         waits.append(time.perf_counter() - began)
         assert left < 40
     assert np.median(waits) < 2e-3
+
+
+def test_a_launch_ends_for_whoever_has_news_while_the_host_waits(backend):
+    launch = backend.launch([DecodeRow(5, POSITION, 0, Choice())], page_table(), 256)
+    next(launch)
+    launch.unless = lambda: True
+    assert len(list(launch)) < 40

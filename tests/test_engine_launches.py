@@ -79,6 +79,26 @@ def test_a_prompt_that_arrives_ends_the_launch_at_the_next_token():
     assert len(tokens_of(seen + deltas, second)) == 8
 
 
+def test_a_launch_ends_for_whoever_has_news_and_nothing_starts_before_they_are_told():
+    backend = ManyTokens(ahead=0)
+    engine = Engine(backend)
+    request = engine.add([20], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    deltas = [delta for _ in range(4) for delta in engine.step()]
+    (launch,) = backend.launches
+
+    engine.unless = lambda: True
+    deltas += engine.step()  # the token that the device is at
+    assert engine.step() == []
+    assert launch.ended
+    assert backend.launches == [launch]
+
+    engine.unless = lambda: False
+    deltas += run(engine)
+    assert len(backend.launches) == 2
+    expected = expected_tokens([20], request.params, request.seed, request.max_tokens)
+    assert tokens_of(deltas, request) == expected
+
+
 def test_a_prompt_without_a_slot_lets_the_launch_go_on():
     backend = ManyTokens(fake_plan(max_batch=1))
     engine = Engine(backend)

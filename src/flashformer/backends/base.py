@@ -4,7 +4,7 @@ A step has up to `machine.max_rows` rows; where `machine.prompt_rows` is not 0, 
 that many beside them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -117,6 +117,8 @@ class DecodeRow:
 class Launch(Protocol):
     """Tokens that the device draws while the host looks elsewhere: an iterator over the steps."""
 
+    unless: Callable[[], bool]  # asked while the host waits for a token: whether to `stop`
+
     def __iter__(self) -> Iterator[Int32]:
         """Itself."""
         ...
@@ -131,7 +133,7 @@ class Launch(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ask the device to end after the token that it is at; does not wait."""
+        """Ask the device to end, at the latest after the token that it is at; does not wait."""
         ...
 
 

@@ -4,7 +4,7 @@
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -57,7 +57,12 @@ class Engine:
         seed: int = 0,
         prefix_reuse: bool = True,
     ) -> None:
-        """`eos_token_ids`: None takes the model's own; `seed` is that of requests without one."""
+        """`eos_token_ids`: None takes the model's own; `seed` is that of requests without one.
+
+        `unless` may be set later: asked while a step waits for a token that the device draws by
+        itself; if it says so, the step comes back without one, as soon as the device lets it.
+        """
+        self.unless: Callable[[], bool] = lambda: False
         plan = backend.plan
         if plan.machine.max_rows < plan.options.max_batch:
             raise UsageError(
@@ -172,7 +177,9 @@ class Engine:
         if news is not None:
             return news
         self._admit()
-        self._launched = Launched.start(self._backend, self._running, self.kv_cache)
+        self._launched = Launched.start(
+            self._backend, self._running, self.kv_cache, lambda: self.unless()
+        )
         if self._launched is not None:
             return self._collect() or []
         parts = self._parts()
@@ -236,7 +243,7 @@ class Engine:
         self._launched = None  # unless it goes on: what it had drawn before an error is drawn again
         tokens = launched.next()
         if tokens is None:
-            return None
+            return [] if self.unless() else None
         self._launched = launched
         return [
             self._take(sequence, int(token_id))

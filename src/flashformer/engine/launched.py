@@ -4,6 +4,7 @@ running sequences -> `Launched`, or None where the host must look at every token
 """
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Self
 
@@ -26,8 +27,17 @@ class Launched:
         self._ahead: deque[Int32] = deque()  # drawn, but not asked for yet
 
     @classmethod
-    def start(cls, backend: Backend, sequences: Items[Sequence], kv_cache: KvCache) -> Self | None:
-        """Launch as many tokens as all sequences may still have; their pages are reserved."""
+    def start(
+        cls,
+        backend: Backend,
+        sequences: Items[Sequence],
+        kv_cache: KvCache,
+        unless: Callable[[], bool],
+    ) -> Self | None:
+        """Launch as many tokens as all sequences may still have; their pages are reserved.
+
+        It ends before that when `unless` says so while the host waits for a token.
+        """
         if not isinstance(backend, DecodesMany):
             return None
         choices = [choice_of(sequence, backend.max_stop_ids) for sequence in sequences]
@@ -42,7 +52,9 @@ class Launched:
         num_steps = min(left, MAX_STEPS)
         for sequence in sequences:
             kv_cache.extend(sequence.slot, sequence.num_computed + num_steps)
-        return cls(backend.launch(rows, kv_cache.page_table, num_steps), tuple(sequences))
+        launch = backend.launch(rows, kv_cache.page_table, num_steps)
+        launch.unless = unless
+        return cls(launch, tuple(sequences))
 
     def next(self) -> Int32 | None:
         """The next token of every sequence, or None when the launch has ended."""

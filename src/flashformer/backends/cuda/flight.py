@@ -26,6 +26,7 @@ class Flight:
         self.ring = torch.full((num_steps, max_rows), UNWRITTEN, dtype=torch.int32).pin_memory()
         self.stop_word = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._tokens = self.ring.numpy()[:, :num_rows]
+        self.unless: Callable[[], bool] = lambda: False
         self._step = 0
         self._ended: torch.cuda.Event | None = None
         self._check: Callable[[], None] = lambda: None
@@ -90,6 +91,8 @@ class Flight:
         while not self._arrived():
             if self._has_ended():
                 return self._arrived()
+            if self.unless():
+                self.stop()
             time.sleep(POLL_SECONDS)
         return True
 

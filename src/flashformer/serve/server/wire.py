@@ -203,6 +203,10 @@ class Channel:
         except OSError:
             raise EOFError from None
 
+    def has_news(self) -> bool:
+        """Whether `receive` would end without waiting."""
+        return bool(select.select([self._sock.fileno(), *self._wakers], [], [], 0)[0])
+
     def receive(self, timeout: float) -> list[Message]:
         """The messages that came, after waiting at most `timeout` seconds for the first."""
         descriptor = self._sock.fileno()

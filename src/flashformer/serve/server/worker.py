@@ -46,6 +46,7 @@ class Worker:
     def __init__(self, channel: wire.Channel, llm: LLM, grammars: GrammarQueue) -> None:
         self._channel = channel
         self._engine: Engine = llm.engine
+        self._engine.unless = channel.has_news
         self._backend = llm.backend
         self._plan: Plan = llm.plan
         self._bytes_per_step = lru_cache(maxsize=4096)(self._plan.bytes_per_step)
