@@ -63,6 +63,7 @@ template <Kind kind>
 __device__ __forceinline__ void finish(Cta& cta, int layer, int step) {
   Finisher finisher(cta);
   finisher.tag = tag_of(layer, step);
+  finisher.epoch = epoch_of(cta, step, layer);
   if (kind == Kind::lm_head) finisher.best.clear();
   cta.worker_sync();
   finisher.template finish<kind>(layer);
