@@ -2,10 +2,14 @@
 
 import itertools
 import sys
+import time
+from dataclasses import replace
+from threading import Lock
 
 import pytest
 
-from flashformer.backends.cuda.compile import Resources, build_cubin
+from flashformer.backends.cuda import compile as cuda_compile
+from flashformer.backends.cuda.compile import Cubin, Resources, build_cubin
 from flashformer.backends.cuda.geometry import activation_bytes
 from flashformer.backends.cuda.machine import MIN_SLOTS, Device, fit_machine, text_before_zero
 from flashformer.codegen.cuda_header import render_cuda, slot_bytes
@@ -185,3 +189,38 @@ def test_a_head_dim_that_is_no_whole_number_of_packets_is_refused():
 
     with pytest.raises(UnsupportedModelError, match="head_dim 60"):
         fit_machine(DEVICES["sm_90a"], spec)
+
+
+def test_kernels_that_are_compiled_ahead_are_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHFORMER_CACHE_DIR", str(tmp_path))
+    plan = plan_for("sm_90a", "llama-3.2-1b")
+    plan = replace(plan, machine=replace(plan.machine, max_rows=2))
+    built, lock = [], Lock()
+
+    def build(header, name, *_, **__):
+        with lock:
+            built.append((name, "max_rows = 1;" in header))
+        time.sleep(0.2)
+        return Cubin(b"code", Resources(1, 0, 1))
+
+    monkeypatch.setattr(cuda_compile, "build_cubin", build)
+    cuda_compile.compile_ahead(plan)
+    while len(built) < 3:
+        time.sleep(0.01)
+    for name, rows in (("decode", 1), ("decode", 2), ("prefill", None)):
+        assert cuda_compile.compile_kernel(plan, name, rows=rows).code == b"code"
+
+    assert sorted(built) == [("decode", False), ("decode", True), ("prefill", False)]
+
+
+def test_whoever_asks_for_a_kernel_that_cannot_be_compiled_hears_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHFORMER_CACHE_DIR", str(tmp_path))
+    plan = plan_for("sm_90a", "llama-3.2-1b")
+
+    def fail(*_, **__):
+        raise CompileError("no compiler today")
+
+    monkeypatch.setattr(cuda_compile, "build_cubin", fail)
+    cuda_compile.compile_ahead(plan)
+    with pytest.raises(CompileError, match="no compiler today"):
+        cuda_compile.compile_kernel(plan, rows=1)

@@ -18,7 +18,7 @@ from flashformer.backends.cuda.compile import Cubin, compile_kernel
 from flashformer.backends.cuda.flight import Flight
 from flashformer.backends.cuda.geometry import activation_bytes, copies_in_flight
 from flashformer.backends.cuda.launch import Kernel, check
-from flashformer.backends.cuda.machine import MIN_SLOTS, ROW_CLASSES
+from flashformer.backends.cuda.machine import MIN_SLOTS, ROW_CLASSES, row_classes
 from flashformer.backends.cuda.memory import (
     past_bytes_per_token,
 )
@@ -335,7 +335,7 @@ class CudaBackend:
         def compile_for(rows: int) -> Cubin:
             return compile_kernel(self._plan, "decode", self._instruments, rows, apart=True)
 
-        classes = [rows for rows in ROW_CLASSES if rows <= self._plan.machine.max_rows]
+        classes = row_classes(self._plan.machine)
         found: dict[int, Kernel] = {}
         self._progress("compiling", 0, len(classes))
         with ThreadPoolExecutor() as pool:

@@ -3,17 +3,20 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 from flashformer.backends.cuda import nvrtc
+from flashformer.backends.cuda.machine import row_classes
 from flashformer.backends.cuda.program import build_program
 from flashformer.backends.cuda.validate import check_program
 from flashformer.codegen.cache import compiled
 from flashformer.codegen.cuda_header import render_cuda
 from flashformer.codegen.instruments import NONE, Instruments
-from flashformer.errors import CompileError
+from flashformer.errors import CompileError, FlashFormerError
 from flashformer.plan.plan import Plan
 
 HERE = Path(__file__).parent
@@ -71,6 +74,21 @@ def compile_kernel(
     folder = compiled(f"cuda-{name}-{plan.machine.arch}", key, build)
     resources = Resources(**json.loads((folder / "resources.json").read_text("utf-8")))
     return Cubin((folder / "kernel.cubin").read_bytes(), resources)
+
+
+def compile_ahead(plan: Plan, instruments: Instruments = NONE) -> None:
+    """Start compiling all kernels of a backend for the cache, side by side; does not wait.
+
+    Whoever asks `compile_kernel` for one meanwhile waits for it there, and hears what is wrong.
+    """
+
+    def build(name: str, rows: int | None) -> None:
+        with suppress(FlashFormerError):
+            compile_kernel(plan, name, instruments if rows else NONE, rows, apart=True)
+
+    for rows in row_classes(plan.machine):
+        Thread(target=build, args=("decode", rows), daemon=True).start()
+    Thread(target=build, args=("prefill", None), daemon=True).start()
 
 
 def build_cubin(

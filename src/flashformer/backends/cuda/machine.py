@@ -89,6 +89,11 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
     )
 
 
+def row_classes(machine: Machine) -> tuple[int, ...]:
+    """The most rows of each kernel that a step may run in."""
+    return tuple(rows for rows in ROW_CLASSES if rows <= machine.max_rows)
+
+
 def _share_memory(device: Device, spec: ModelSpec, num_ctas: int) -> tuple[int, int, int]:
     """Rows of a step, bytes of a slot and of a window.
 

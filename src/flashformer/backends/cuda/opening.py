@@ -8,6 +8,7 @@ from cuda.bindings import driver
 
 from flashformer.backends.base import Fit
 from flashformer.backends.cuda.backend import CudaBackend
+from flashformer.backends.cuda.compile import compile_ahead
 from flashformer.backends.cuda.launch import check
 from flashformer.backends.cuda.machine import cuda_machine
 from flashformer.backends.cuda.memory import (
@@ -49,6 +50,7 @@ def open_cuda(
     plan = make_plan(spec, cuda_machine(spec), options)
     check(driver.cuInit(0))
     require_gpu_memory(plan, num_pages, torch.cuda.mem_get_info(0)[0])
+    compile_ahead(plan, instruments)  # while the image is packed or read
     image = (
         random_image(plan, torch.device("cuda"))
         if isinstance(weights, AnyWeights)
