@@ -132,7 +132,7 @@ def use(backend: CudaBackend, name: str, kernels: dict[str, Kernel]) -> None:
     """Let the next steps of one row run a variant."""
     backend._kernels[1] = kernels[VARIANTS[name]]
     slots = backend.num_slots(1)
-    most, (steady, _) = most_in_flight(slots), copies_in_flight(backend.plan, slots)
+    most, (steady, _) = most_in_flight(slots), copies_in_flight(backend.plan, 1, slots)
     backend.in_flight = {UNBOUNDED: (most, most), STEADY: (steady, steady)}.get(name)
 
 

@@ -266,9 +266,9 @@ class CudaBackend:
             )
         return slots
 
-    def _shape_ring(self, args: Any, num_slots: int) -> None:
+    def _shape_ring(self, args: Any, rows: int, num_slots: int) -> None:
         args.num_slots = num_slots
-        in_flight = self.in_flight or copies_in_flight(self._plan, num_slots)
+        in_flight = self.in_flight or copies_in_flight(self._plan, row_class(rows), num_slots)
         args.in_flight, args.full_in_flight = in_flight
 
     def read_bandwidth(self, seconds: float = 0.2, *, own_image: bool = True) -> float:
@@ -281,7 +281,7 @@ class CudaBackend:
         args = self._step_args(rows=1)
         args.x_bytes = 0
         slot = slot_bytes(self._plan)
-        self._shape_ring(args, min(MAX_SLOTS, kernel.max_dynamic_shared // slot))
+        self._shape_ring(args, 1, min(MAX_SLOTS, kernel.max_dynamic_shared // slot))
         nbytes = ctypes.c_uint64(self._plan.image_bytes // slot * slot)
         samples: list[float] = []
         spent = 0.0
@@ -371,7 +371,7 @@ class CudaBackend:
         args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), self.wait_limit_ns
         args.delay_seed, (args.drop_matrix, args.drop_cta) = self.delay_seed, self.drop
         args.x_bytes = self.x_bytes(rows)
-        self._shape_ring(args, self.num_slots(rows))
+        self._shape_ring(args, rows, self.num_slots(rows))
         args.num_rows, args.num_pages = rows, self._num_pages
         return args
 

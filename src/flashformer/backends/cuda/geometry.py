@@ -107,7 +107,7 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
         tile_bytes=matrix.tile_bytes,
         num_chunks=num_chunks,
         chunk_runs=chunk_runs,
-        window_chunks=window_bytes // rows // (data * chunk_runs // runs)
+        window_chunks=_even_or_one(window_bytes // rows // (data * chunk_runs // runs))
         if windowed
         else num_chunks,
         group=window_tiles(plan.machine.arch) if windowed else 1,
@@ -115,27 +115,48 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
     )
 
 
-def copies_in_flight(plan: Plan, num_slots: int) -> tuple[int, int]:
+def copies_in_flight(plan: Plan, rows: int, num_slots: int) -> tuple[int, int]:
     """Copies on their way to a CTA, and while half of its `num_slots` wait to be read.
+
+    For a kernel of up to `rows` rows a step.
 
     More would only lengthen the queues in which hand-offs wait (docs/lab-notes.md). Narrow weights
     leave the memory less time between two hand-offs, so with them these count for more.
     """
     narrow = any(m.name in MATRICES and m.weight_format.quantised for m in plan.matrices)
     nbytes = NARROW_IN_FLIGHT_BYTES if narrow else IN_FLIGHT_BYTES
-    most = min(nbytes // plan.machine.slot_bytes, most_in_flight(num_slots))
+    most = min(
+        nbytes // plan.machine.slot_bytes, most_in_flight(num_slots, odd_windows(plan, rows))
+    )
     return most, -(-most // 2)
 
 
-def most_in_flight(num_slots: int) -> int:
+def odd_windows(plan: Plan, rows: int) -> bool:
+    """Whether a window of activations, the last of a tile, has several chunks and an odd number."""
+    shapes = [stage_shape(plan, matrix, rows) for matrix in _of_a_layer_and_the_head(plan)]
+    return any(
+        shape.window_chunks > 1 and shape.num_chunks % 2 == 1
+        for shape in shapes
+        if shape.num_windows > 1
+    )
+
+
+def most_in_flight(num_slots: int, odd_windows: bool = False) -> int:
     """Copies that may be on their way in a ring of `num_slots` (`MIN_SLOTS` of machine.py or more).
 
     A barrier knows two phases, so no warp may wait for the fill after next of a slot. The last that
-    it has read was filled when all before the copies on their way had landed. It waits for the one
-    `SLOTS_AT_ONCE` further on, or in attention, where a warp reads every other pair of slots, for
-    one up to four further on; in a ring of four or five slots that one's place it has read itself.
+    it has read was started when all before the copies on their way had landed, and it waits for one
+    at most three further on: in attention, where a warp reads every other pair of slots. In a ring
+    of four slots that one's place it has read itself, but for windows of an odd number of chunks
+    (tests/test_cuda_ring.py).
     """
-    return max(2, num_slots - 4)
+    if num_slots == 4 and odd_windows:
+        return 1
+    return max(2, num_slots - 3)
+
+
+def _even_or_one(chunks: int) -> int:
+    return max(1, chunks // 2 * 2)
 
 
 def _run_cols(weight_format: Format) -> int:
@@ -152,9 +173,13 @@ def activation_bytes(plan: Plan, rows: int) -> int:
     layer = plan.spec.layers[0]
     need = [attention_scratch(layer.head_dim, layer.num_q_heads // layer.num_kv_heads)]
     need.append(SAMPLE_SCRATCH_BYTES)
-    last_layer_and_head = plan.matrices[-1 - len(MATRICES) :]
-    need += [stage_shape(plan, matrix, rows).x_bytes(rows) for matrix in last_layer_and_head]
+    shapes = (stage_shape(plan, matrix, rows) for matrix in _of_a_layer_and_the_head(plan))
+    need += [shape.x_bytes(rows) for shape in shapes]
     return -(-max(need) // 128) * 128
+
+
+def _of_a_layer_and_the_head(plan: Plan) -> tuple[Matrix, ...]:
+    return plan.matrices[-1 - len(MATRICES) :]
 
 
 def attention_scratch(head_dim: int, group: int) -> int:

@@ -31,7 +31,7 @@ struct Share {
 
   // This warp's first chunk of the CTA's `tile`-th tile; S::num_chunks: none.
   __device__ __forceinline__ int first_chunk(int tile) const {
-    if constexpr (S::num_chunks >= slots_at_once) return (chunk - tile * S::num_chunks) & (slots_at_once - 1);
+    if constexpr (S::num_chunks >= slots_at_once) return (chunk - tile * S::turn) & (slots_at_once - 1);
     return chunk / S::num_chunks == tile % S::tiles_at_once ? chunk % S::num_chunks : S::num_chunks;
   }
   __device__ __forceinline__ int part(int tile) const {

@@ -73,7 +73,12 @@ struct Stage {
       slots_at_once / chunks_at_once < num_part_buffers ? slots_at_once / chunks_at_once : num_part_buffers;
 
   static constexpr bool windowed = may_be_wide && !fits_shared(max_rows, X::data_bytes);
-  static constexpr int window_chunks = windowed ? config::window_bytes / max_rows / (chunk_runs * F::run_cols * 2) : num_chunks;
+  static constexpr int fitting_chunks = config::window_bytes / max_rows / (chunk_runs * F::run_cols * 2);
+  // Even, if there are several: so every warp keeps to every other fill from one tile of the group to the next, and never
+  // waits for one that is further ahead than most_in_flight (geometry.py) allows.
+  static constexpr int window_chunks = !windowed ? num_chunks : fitting_chunks > 1 ? fitting_chunks / 2 * 2 : 1;
+  // By how many chunks the warps move on from tile to tile: of a window of one chunk the next tile is the others'.
+  static constexpr int turn = !windowed ? num_chunks : window_chunks == 1 ? 1 : 0;
   static constexpr int num_windows = ceil_div(num_chunks, window_chunks);
   static constexpr int group = windowed ? config::window_tiles : 1;  // tiles that share a pass over the windows
 
