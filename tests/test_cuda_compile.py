@@ -122,6 +122,14 @@ def test_the_kernel_compiles_for_the_features_of_other_families(shape):
     assert build_cubin(render_cuda(plan), "decode", "sm_90a").resources.spill_bytes == 0
 
 
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-8b", "qwen2.5-7b"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_the_kernels_of_fewer_rows_compile_without_spills(shape, rows):
+    header = render_cuda(plan_for("sm_90a", shape), rows=rows)
+
+    assert build_cubin(header, "decode", "sm_90a").resources.spill_bytes == 0
+
+
 @pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-0.6b"])
 def test_the_kernels_of_prompts_compile_for_every_architecture(arch, shape):

@@ -43,7 +43,6 @@ struct HeadTask {
 
 struct HeadPackets {
   Vec16 packet[packets_a_lane];
-  float4 norm[packets_a_lane];  // of the same dims, if the model has it: on its way beside them
 
   __device__ __forceinline__ void fetch(const Cta& cta, const HeadTask& task, u32 tag) {
 #pragma unroll
@@ -51,7 +50,7 @@ struct HeadPackets {
       const int at = cta.lane + 32 * j;
       if (at >= head_packets) continue;
       packet[j] = ld_relaxed_gpu_b128(task.source + 4 * at);
-      if (config::qk_norm && task.part < 2) norm[j] = reinterpret_cast<const float4*>(task.norm)[at];
+      if (config::qk_norm && task.part < 2) prefetch(task.norm + 4 * at);  // registers are short
     }
 #pragma unroll
     for (int j = 0; j < packets_a_lane; ++j) {
@@ -60,7 +59,7 @@ struct HeadPackets {
     }
   }
 
-  __device__ __forceinline__ void normalise(const Cta& cta, int part) {
+  __device__ __forceinline__ void normalise(const Cta& cta, const HeadTask& task) {
     float square = 0;
 #pragma unroll
     for (int j = 0; j < packets_a_lane; ++j) {
@@ -69,11 +68,14 @@ struct HeadPackets {
       for (u32 word : packet[j].w) square += __uint_as_float(word) * __uint_as_float(word);
     }
     square = warp_sum(square);
-    if (part == 2) return;  // values
+    if (task.part == 2) return;  // values
     const float rstd = rsqrtf(square / config::head_dim + config::rms_norm_eps);
 #pragma unroll
     for (int j = 0; j < packets_a_lane; ++j) {
-      const float weight[4] = {norm[j].x, norm[j].y, norm[j].z, norm[j].w};
+      const int at = cta.lane + 32 * j;
+      if (at >= head_packets) continue;
+      const float4 norm = reinterpret_cast<const float4*>(task.norm)[at];
+      const float weight[4] = {norm.x, norm.y, norm.z, norm.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         packet[j].w[e] = __float_as_uint(__uint_as_float(packet[j].w[e]) * (rstd * weight[e]));
@@ -84,7 +86,7 @@ struct HeadPackets {
 
 __device__ __forceinline__ void place_head(const Cta& cta, const AttentionScratch& scratch, const HeadTask& task,
                                            HeadPackets& packets, int rope_idx) {
-  if constexpr (config::qk_norm) packets.normalise(cta, task.part);
+  if constexpr (config::qk_norm) packets.normalise(cta, task);
   float* head = scratch.heads + cta.warp * head_dim_padded;
 #pragma unroll
   for (int j = 0; j < packets_a_lane; ++j) {

@@ -125,6 +125,9 @@ __device__ __forceinline__ void st_relaxed_gpu(u32* p, u32 v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+// Into this SM's cache, while something else is awaited.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+
 // The host's memory.
 __device__ __forceinline__ u32 ld_relaxed_sys(const u32* p) {
   u32 v;
