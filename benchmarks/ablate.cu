@@ -59,9 +59,9 @@ __device__ __forceinline__ void ffma_matvec(const Cta& cta, RingReader& ring, Pa
       const u8* slot = ring.wait() + cta.lane * 16;
       const u8* x = cta.x + chunk * most * 32 + cta.lane % 4 * 8;
       const int count = S::bytes_of(chunk) / 512;
-      const int most = ceil_div(count, warps_a_slot);
+      const int each = ceil_div(count, warps_a_slot);
 #pragma unroll 8
-      for (int i = share.lead * most; i < min(count, (share.lead + 1) * most); ++i) {
+      for (int i = share.lead * each; i < min(count, (share.lead + 1) * each); ++i) {
         const Vec16 a = *reinterpret_cast<const Vec16*>(slot + i * 512);
         const uint2 b = *reinterpret_cast<const uint2*>(x + i * 32);
         float x0, x1, x2, x3;

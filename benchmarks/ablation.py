@@ -19,7 +19,7 @@ import torch
 from flashformer.backends.base import Float32, Int32
 from flashformer.backends.cuda import CudaBackend, cuda_machine
 from flashformer.backends.cuda.compile import Cubin, build_cubin
-from flashformer.backends.cuda.geometry import copies_in_flight, most_in_flight
+from flashformer.backends.cuda.geometry import most_in_flight
 from flashformer.backends.cuda.launch import Kernel
 from flashformer.backends.cuda.random_image import random_image
 from flashformer.codegen.cuda_header import render_cuda
@@ -131,8 +131,8 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
 def use(backend: CudaBackend, name: str, kernels: dict[str, Kernel]) -> None:
     """Let the next steps of one row run a variant."""
     backend._kernels[1] = kernels[VARIANTS[name]]
-    slots = backend.num_slots(1)
-    most, (steady, _) = most_in_flight(slots), copies_in_flight(backend.plan, 1, slots)
+    ring = backend.ring(1)
+    most, (steady, _) = most_in_flight(ring.num_slots), ring.in_flight
     backend.in_flight = {UNBOUNDED: (most, most), STEADY: (steady, steady)}.get(name)
 
 

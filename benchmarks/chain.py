@@ -16,7 +16,7 @@ from flashformer.backends.base import Int32
 from flashformer.backends.cuda import CudaBackend
 from flashformer.backends.cuda.compile import build_cubin
 from flashformer.backends.cuda.launch import check
-from flashformer.codegen.cuda_header import render_cuda, slot_bytes
+from flashformer.codegen.cuda_header import render_cuda
 from flashformer.plan.plan import Plan
 from flashformer.quant.formats import TILE_ROWS
 
@@ -74,8 +74,7 @@ class Chain:
         return found
 
     def _shared_bytes(self) -> int:
-        backend = self._backend
-        return backend.x_bytes(1) + backend.num_slots(1) * slot_bytes(self._plan)
+        return self._backend.ring(1).shared_bytes
 
     def _captured(self, num_tokens: int) -> torch.cuda.CUDAGraph:
         exchange, packets = self._backend._exchange, self._backend._packet_bytes

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Plan
-from flashformer.quant.formats import TILE_ROWS
 
 ALIGNMENT = 256  # bytes
 
@@ -53,7 +52,7 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
 
 def residual_travels(plan: Plan) -> bool:
     """Whether o_proj's tiles and down's belong to different CTAs (kernel/hidden.cuh)."""
-    return -(-plan.spec.hidden_size // TILE_ROWS) < plan.machine.num_ctas
+    return plan.matrix("down", 0).num_tiles < plan.machine.num_ctas
 
 
 def exchange_bytes(plan: Plan) -> tuple[int, int]:

@@ -16,12 +16,10 @@ from flashformer.backends.base import DecodeRow, Int32, StepBatch, StepResult
 from flashformer.backends.cuda.choices import Choices, row_stride
 from flashformer.backends.cuda.compile import Cubin, compile_kernel
 from flashformer.backends.cuda.flight import Flight
-from flashformer.backends.cuda.geometry import activation_bytes, copies_in_flight
+from flashformer.backends.cuda.geometry import Ring, activation_bytes, copies_in_flight
 from flashformer.backends.cuda.launch import Kernel, check
 from flashformer.backends.cuda.machine import MIN_SLOTS, ROW_CLASSES, row_classes
-from flashformer.backends.cuda.memory import (
-    past_bytes_per_token,
-)
+from flashformer.backends.cuda.memory import past_bytes_per_token
 from flashformer.backends.cuda.prefill import Prefill
 from flashformer.backends.cuda.watchdog import describe
 from flashformer.codegen.cuda_args import MAX_STOP_IDS, CudaStepArgs
@@ -73,8 +71,7 @@ class CudaBackend:
         self._instruments = instruments
         self._progress = progress or (lambda *_: None)
         self._kernels = self._load_decoders()
-        for rows in self._kernels:
-            self.num_slots(rows)  # enough of them, or an error
+        self._rings = {rows: self._ring(rows) for rows in self._kernels}
         rows, machine = plan.machine.max_rows, plan.machine
         self._packet_bytes, all_bytes = exchange_bytes(plan)
         self._image = self._moved(image)
@@ -226,11 +223,10 @@ class CudaBackend:
         self._choices.fill(args, [row.choice for row in rows])
         # No packet carries the first tag; the rest holds NaN in tests.
         self._exchange[: None if self._instruments.poison else self._packet_bytes].fill_(255)
-        shared = args.x_bytes + args.num_slots * slot_bytes(self._plan)
         args.epoch = self._take_epochs(num_steps)
         if self._instruments.trace_moments:
             self.trace.zero_()
-        kernel = self._kernels[row_class(len(rows))]
+        kernel, shared = self._kernels[row_class(len(rows))], self.ring(len(rows)).shared_bytes
         kernel.launch(self._plan.machine.num_ctas, shared, self._stream.cuda_stream, args)
         flight.depart(self._stream, self._check_watchdog)
         self._flight = flight
@@ -251,25 +247,21 @@ class CudaBackend:
             flight, self._flight = self._flight, None
             flight.land()
 
-    def x_bytes(self, rows: int) -> int:
-        """Shared memory of the activations of `rows` rows, and what uses their place."""
-        return activation_bytes(self._plan, row_class(rows))
+    def ring(self, rows: int) -> Ring:
+        """How a launch of `rows` rows shares the shared memory."""
+        return self._rings[row_class(rows)]
 
-    def num_slots(self, rows: int) -> int:
-        """Slots of the ring that fit beside the activations."""
-        free: int = self._kernels[row_class(rows)].max_dynamic_shared - self.x_bytes(rows)
-        slots: int = min(MAX_SLOTS, free // slot_bytes(self._plan))
+    def _ring(self, rows: int) -> Ring:
+        """Of the kernel of up to `rows` rows: as many slots as fit beside the activations."""
+        x_bytes, slot = activation_bytes(self._plan, rows), slot_bytes(self._plan)
+        slots: int = min(MAX_SLOTS, (self._kernels[rows].max_dynamic_shared - x_bytes) // slot)
         if slots < MIN_SLOTS:
             raise OutOfMemoryError(
-                f"{rows} rows need {self.x_bytes(rows)} bytes of shared memory and leave room for "
+                f"{rows} rows need {x_bytes} bytes of shared memory and leave room for "
                 f"{slots} slots of the ring, at least {MIN_SLOTS} are needed; use a smaller batch"
             )
-        return slots
-
-    def _shape_ring(self, args: Any, rows: int, num_slots: int) -> None:
-        args.num_slots = num_slots
-        in_flight = self.in_flight or copies_in_flight(self._plan, row_class(rows), num_slots)
-        args.in_flight, args.full_in_flight = in_flight
+        in_flight = copies_in_flight(self._plan, rows, slots)
+        return Ring(x_bytes, slots, x_bytes + slots * slot, in_flight)
 
     def read_bandwidth(self, seconds: float = 0.2, *, own_image: bool = True) -> float:
         """GB/s of the decoder's ring over the image with no work and no hand-offs: the limit.
@@ -281,7 +273,9 @@ class CudaBackend:
         args = self._step_args(rows=1)
         args.x_bytes = 0
         slot = slot_bytes(self._plan)
-        self._shape_ring(args, 1, min(MAX_SLOTS, kernel.max_dynamic_shared // slot))
+        args.num_slots = min(MAX_SLOTS, kernel.max_dynamic_shared // slot)
+        in_flight = self.in_flight or copies_in_flight(self._plan, 1, args.num_slots)
+        args.in_flight, args.full_in_flight = in_flight
         nbytes = ctypes.c_uint64(self._plan.image_bytes // slot * slot)
         samples: list[float] = []
         spent = 0.0
@@ -370,8 +364,9 @@ class CudaBackend:
         args.barrier = self._barrier.data_ptr()
         args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), self.wait_limit_ns
         args.delay_seed, (args.drop_matrix, args.drop_cta) = self.delay_seed, self.drop
-        args.x_bytes = self.x_bytes(rows)
-        self._shape_ring(args, rows, self.num_slots(rows))
+        ring = self.ring(rows)
+        args.x_bytes, args.num_slots = ring.x_bytes, ring.num_slots
+        args.in_flight, args.full_in_flight = self.in_flight or ring.in_flight
         args.num_rows, args.num_pages = rows, self._num_pages
         return args
 

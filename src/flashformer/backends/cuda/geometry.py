@@ -16,7 +16,7 @@ from flashformer.codegen.cuda_header import (
 from flashformer.codegen.exchange import padded
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
-from flashformer.quant.formats import Format
+from flashformer.quant.formats import FORMATS, Format
 
 SLOTS_AT_ONCE = 2  # that the consumers multiply
 IN_FLIGHT_BYTES = 65536  # on their way to a CTA
@@ -115,6 +115,15 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
     )
 
 
+class Ring(NamedTuple):
+    """How a kernel shares the shared memory of its launch."""
+
+    x_bytes: int  # of the activations, and what uses their place
+    num_slots: int
+    shared_bytes: int  # of both
+    in_flight: tuple[int, int]  # see `copies_in_flight`
+
+
 def copies_in_flight(plan: Plan, rows: int, num_slots: int) -> tuple[int, int]:
     """Copies on their way to a CTA, and while half of its `num_slots` wait to be read.
 
@@ -123,7 +132,7 @@ def copies_in_flight(plan: Plan, rows: int, num_slots: int) -> tuple[int, int]:
     More would only lengthen the queues in which hand-offs wait (docs/lab-notes.md). Narrow weights
     leave the memory less time between two hand-offs, so with them these count for more.
     """
-    narrow = any(m.name in MATRICES and m.weight_format.quantised for m in plan.matrices)
+    narrow = FORMATS[plan.options.format].quantised
     nbytes = NARROW_IN_FLIGHT_BYTES if narrow else IN_FLIGHT_BYTES
     most = min(
         nbytes // plan.machine.slot_bytes, most_in_flight(num_slots, odd_windows(plan, rows))
@@ -141,7 +150,7 @@ def odd_windows(plan: Plan, rows: int) -> bool:
     )
 
 
-def most_in_flight(num_slots: int, odd_windows: bool = False) -> int:
+def most_in_flight(num_slots: int, odd: bool = False) -> int:
     """Copies that may be on their way in a ring of `num_slots` (`MIN_SLOTS` of machine.py or more).
 
     A barrier knows two phases, so no warp may wait for the fill after next of a slot. The last that
@@ -150,7 +159,7 @@ def most_in_flight(num_slots: int, odd_windows: bool = False) -> int:
     of four slots that one's place it has read itself, but for windows of an odd number of chunks
     (tests/test_cuda_ring.py).
     """
-    if num_slots == 4 and odd_windows:
+    if num_slots == 4 and odd:
         return 1
     return max(2, num_slots - 3)
 

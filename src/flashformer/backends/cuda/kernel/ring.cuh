@@ -31,7 +31,7 @@ struct RingWriter {
 
   __device__ void fill(const u8* source, u32 bytes) {
     Shared& shared = cta.shared;
-    if (__any_sync(~0u, cta.aborted())) return;
+    if (__any_sync(~0u, cta.aborted())) return;  // or every fill would wait in vain
     while (in_flight >= most_in_flight()) land(WaitKind::slot_landed);
     cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
     if (__any_sync(~0u, cta.aborted())) return;  // nobody reads on
