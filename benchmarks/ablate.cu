@@ -9,7 +9,7 @@
 __device__ __forceinline__ void wait_until_empty(const RingWriter& ring) {
   RingPosition slot = ring.next;
   for (int i = 0; i < ring.cta.args.num_slots; ++i) {
-    ring.cta.wait(&ring.cta.shared.empty[slot.slot], slot.parity, WaitKind::slot_empty);
+    ring.cta.wait(ring.empty + 8 * slot.slot, slot.parity, WaitKind::slot_empty);
     slot.advance(ring.cta.args.num_slots);
   }
 }
@@ -76,14 +76,14 @@ __device__ __forceinline__ void ffma_matvec(const Cta& cta, RingReader& ring, Pa
     low = quad_sum(low);
     high = quad_sum(high);
     const int buffer = parts.buffer();
-    cta.wait(&cta.shared.part_free[buffer], parts.free_parity(), WaitKind::part_free);
+    cta.wait(shared_address(&cta.shared.part_free[buffer]), parts.free_parity(), WaitKind::part_free);
     float* out = cta.shared.part[buffer][share.part(tile)] + cta.lane / 4;
     if (cta.lane % 4 == 0) {
       out[0] = factors.apply(0, low);
       out[8] = factors.apply(0, high);
     }
     __syncwarp();
-    mbarrier_arrive_warp<part_arrivals / S::num_parts>(&cta.shared.part_ready[buffer], cta.lane);
+    mbarrier_arrive_warp<part_arrivals / S::num_parts>(shared_address(&cta.shared.part_ready[buffer]), cta.lane);
   }
 }
 #define matvec ffma_matvec
@@ -133,7 +133,7 @@ struct MeetingConsumer : Consumer {
       grid_barrier(cta);
       pick(cta, exchange, step);
       if (cta.shared.last != 0) break;
-      if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
+      if (cta.thread == 0) mbarrier_arrive(shared_address(&cta.shared.kv_ready));
     }
     cta.worker_sync();
     end_early();
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1) decode(const
   Cta cta(args, dynamic, shared);
   ring_init(cta);
   if (cta.is_producer()) {
-    produce(cta);
+    if (cta.produces()) produce(cta);
   } else if (cta.is_finisher()) {
     MeetingFinisher(cta).run();
   } else {

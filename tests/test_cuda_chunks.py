@@ -55,10 +55,11 @@ def test_chunks_are_merged_as_numpy_merges_them(tmp_path, name):
 def merge(library, plan, positions, partials):
     """What every row's heads are after two layers: float64 [rows, q_rows]."""
     buffer = np.full(exchange_bytes(plan)[1], 255, np.uint8)
-    barrier = np.zeros(1, np.uint32)
+    barrier, abandon = np.zeros(1, np.uint32), np.zeros(1, np.uint32)
     args = CudaStepArgs()
     args.num_rows, args.epoch = len(positions), 7
     args.exchange, args.barrier = buffer.ctypes.data, barrier.ctypes.data
+    args.abandon = abandon.ctypes.data
     for row, position in enumerate(positions):
         args.positions[row] = args.bases[row] = position
     library.merge(ctypes.byref(args), partials.ctypes.data_as(ctypes.c_void_p))

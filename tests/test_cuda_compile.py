@@ -94,7 +94,7 @@ def test_narrow_weights_compile_for_every_architecture_without_spills(arch, shap
         ("sm_90a", "llama-3.1-8b", 8, 16384, 32768),
         ("sm_90a", "llama-3.3-70b", 8, 16384, 32768),
         ("sm_120a", "llama-3.2-1b", 8, 11264, 16384),
-        ("sm_120a", "llama-3.1-8b", 4, 12288, 16384),
+        ("sm_120a", "llama-3.1-8b", 4, 13312, 16384),
     ],
 )
 def test_shared_memory_holds_as_many_rows_as_leave_the_ring_its_slots(
@@ -197,6 +197,14 @@ def test_a_head_dim_that_is_no_whole_number_of_packets_is_refused():
 
     with pytest.raises(UnsupportedModelError, match="head_dim 60"):
         fit_machine(DEVICES["sm_90a"], spec)
+
+
+def test_rotary_embeddings_of_no_whole_number_of_pairs_of_pairs_are_refused():
+    spec = ModelSpec.from_hf(SHAPES["llama-3.2-1b"])
+    ropes = tuple(replace(rope, rotary_dim=30) for rope in spec.ropes)
+
+    with pytest.raises(UnsupportedModelError, match=r"30 dims.*multiple of 4"):
+        fit_machine(DEVICES["sm_90a"], replace(spec, ropes=ropes))
 
 
 def test_kernels_that_are_compiled_ahead_are_compiled_once(monkeypatch, tmp_path):

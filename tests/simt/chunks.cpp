@@ -16,11 +16,12 @@ void work() {
   constexpr int width = 2 + head_dim_padded;
   for (int layer = 0; layer < config::num_layers; ++layer) {
     for_each_unit(cta, 0, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
-      for (int i = cta.thread; past.num_chunks > 1 && i < config::group * config::head_dim; i += num_consumers) {
-        const int head = kv_head * config::group + i / config::head_dim, dim = i % config::head_dim;
+      constexpr int pairs = config::head_dim / 2;
+      for (int i = cta.thread; past.num_chunks > 1 && i < config::group * pairs; i += num_consumers) {
+        const int head = kv_head * config::group + i / pairs, dim = i % pairs * 2;
         const float* partial = partials + ((row * num_q_heads + head) * config::max_chunks + chunk) * width;
-        send_partial(partial_at(exchange, row, head, chunk), dim, partial[2 + dim] + layer, partial[0], partial[1],
-                     epoch_of(cta, 0, layer));
+        send_partial(partial_at(exchange, row, head, chunk), dim, {partial[2 + dim] + layer, partial[3 + dim] + layer},
+                     partial[0], partial[1], epoch_of(cta, 0, layer));
       }
     });
     merge_chunks(cta, 0, layer, layer & 1);

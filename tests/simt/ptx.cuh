@@ -35,6 +35,7 @@ struct alignas(16) Vec16 {
 struct float2 {
   float x, y;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct uint2 {
   u32 x, y;
 };
@@ -182,6 +183,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline u32 __float_as_uint(float v) { return __builtin_bit_cast(u32, v); }
 inline float __uint_as_float(u32 v) { return __builtin_bit_cast(float, v); }
 inline int __float_as_int(float v) { return __builtin_bit_cast(int, v); }
@@ -193,7 +195,9 @@ inline void __syncthreads() { simt::meet(simt::current->named_barriers[0], block
 inline u64 globaltimer() { return 0; }  // no wait is ever over
 inline void bar_sync(int id, int threads) { simt::meet(simt::current->named_barriers[id], threads); }
 inline void barrier_sync(int id, int threads) { bar_sync(id, threads); }
-inline bool mbarrier_try_wait(u64*, u32) { return true; }
+inline u32 shared_address(const void*) { return 0; }
+inline bool mbarrier_test(u32, u32) { return true; }
+inline bool mbarrier_try_wait(u32, u32) { return true; }
 inline void red_release_gpu_add(u32* p, u32 v) { *p += v; }
 inline u32 ld_acquire_gpu(const u32* p) {
   simt::yield();

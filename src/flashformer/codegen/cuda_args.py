@@ -15,6 +15,7 @@ CUDA_STEP_ARGS = (
     pointer("page_table", "const int", "[max_batch][max_pages]"),
     pointer("out_tokens", "int", "[num_steps][max_rows], pinned host memory"),
     pointer("stop", "const unsigned int", "pinned host memory: not 0 ends the launch"),
+    pointer("abandon", "unsigned int", "epoch of the last launch that was to end within a token"),
     pointer("barrier", "unsigned int", "the grid barrier's counter"),
     pointer("watchdog", "unsigned int", "[1], pinned host memory: a wait that timed out"),
     pointer("trace", "unsigned long long", "[num_ctas][2][trace_moments][2] (Cta::trace)"),

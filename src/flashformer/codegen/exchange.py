@@ -43,7 +43,6 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
         Buffer("best_id", rows, plan.machine.num_ctas, 4, 0),
         Buffer("top", rows, plan.machine.num_ctas, 4, 0),
         Buffer("stop", 1, 1, 4, 0),
-        Buffer("abandon", 1, 1, 4, 0),
         Buffer("residual_attention", rows, travelling, 4, 0),
         Buffer("residual_mlp", rows, travelling, 4, 0),
         Buffer("partial", partials, 2 * (2 + padded(layer.head_dim)), 4, 0),  # value, epoch, ...

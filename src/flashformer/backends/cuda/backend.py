@@ -83,6 +83,7 @@ class CudaBackend:
         self._flight: Flight | None = None
         counter = torch.tensor([instruments.counter_start], device=self._device)
         self._barrier = counter.to(torch.int32)
+        self._abandon = self._zeros(1, torch.int32)
         self._watchdog = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         moments = (machine.num_ctas, len(TRACKS), max(1, instruments.trace_moments), 2)
         self.trace = self._zeros(moments, torch.int64)
@@ -237,6 +238,7 @@ class CudaBackend:
         layers = num_steps * self._plan.spec.num_layers
         if self.epoch + layers >= NO_EPOCH:
             self._exchange[self._packet_bytes :].zero_()
+            self._abandon.zero_()
             self.epoch = 1
         first, self.epoch = self.epoch, self.epoch + layers
         return first
@@ -361,7 +363,7 @@ class CudaBackend:
         args.image, args.kv = self._image.data_ptr(), self._kv.data_ptr()
         args.exchange, args.logits = self._exchange.data_ptr(), self._logits.data_ptr()
         args.page_table = self._page_table.data_ptr()
-        args.barrier = self._barrier.data_ptr()
+        args.barrier, args.abandon = self._barrier.data_ptr(), self._abandon.data_ptr()
         args.watchdog, args.wait_limit_ns = self._watchdog.data_ptr(), self.wait_limit_ns
         args.delay_seed, (args.drop_matrix, args.drop_cta) = self.delay_seed, self.drop
         ring = self.ring(rows)

@@ -192,10 +192,9 @@ def _of_a_layer_and_the_head(plan: Plan) -> tuple[Matrix, ...]:
 
 
 def attention_scratch(head_dim: int, group: int) -> int:
-    """Bytes of `AttentionScratch` of kernel/attention.cuh, in the place of activations."""
-    output_dims = min(padded(head_dim), 128) if group <= 4 else 64
-    floats = 8 * padded(head_dim) + 8 * 32 + 8 * group * output_dims
-    return 3 * padded(head_dim) * 32 + 4 * floats
+    """Bytes of `AttentionScratch` of kernel/heads.cuh, in the place of activations."""
+    output_stride = (min(padded(head_dim), 128) if group <= 4 else 64) + 8
+    return 3 * padded(head_dim) * 32 + 4 * 8 * (32 + group * output_stride)
 
 
 class Past(NamedTuple):

@@ -64,6 +64,11 @@ def fit_machine(device: Device, spec: ModelSpec) -> Machine:
             f"head_dim {layer.head_dim}: the CUDA kernel needs a multiple of 8 up to 256; "
             "use --device cpu"
         )
+    if odd := [rope.rotary_dim for rope in spec.ropes if rope.rotary_dim % 4]:
+        raise UnsupportedModelError(
+            f"rotary embeddings of {odd[0]} dims: the CUDA kernel needs a multiple of 4; "
+            "use --device cpu"
+        )
     if layer.num_q_heads // layer.num_kv_heads > TILE_ROWS:
         raise UnsupportedModelError(
             f"{layer.num_q_heads} query heads on {layer.num_kv_heads} key heads: the CUDA kernel "

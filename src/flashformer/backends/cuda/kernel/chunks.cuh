@@ -21,12 +21,10 @@ __device__ __forceinline__ u8* partial_at(const Exchange& exchange, int row, int
   return exchange.partial + u64((row * num_q_heads + head) * config::max_chunks + chunk) * partial_bytes;
 }
 
-// A unit's sums over its chunk, not yet divided by the sum of weights; dim 0 brings that and the maximum along.
-__device__ __forceinline__ void send_partial(u8* partial, int dim, float value, float maximum, float sum, u32 epoch) {
-  send_dated(partial + (2 + dim) * dated_bytes, value, epoch);
-  if (dim != 0) return;
-  send_dated(partial, maximum, epoch);
-  send_dated(partial + dated_bytes, sum, epoch);
+// Two dims of a unit's sums over its chunk, not yet divided by the sum of weights; dim 0 brings that and the maximum along.
+__device__ __forceinline__ void send_partial(u8* partial, int dim, float2 sums, float maximum, float sum, u32 epoch) {
+  send_dated(partial + (2 + dim) * dated_bytes, sums, epoch);
+  if (dim == 0) send_dated(partial, make_float2(maximum, sum), epoch);
 }
 
 // Some chunks of a head on their way: this thread's two dims of several, and the lane's maximum and sum of one.
@@ -98,7 +96,7 @@ __device__ __forceinline__ void merge_head(const Cta& cta, float* scratch, const
     float value = 0;
 #pragma unroll
     for (int side = 0; side < merge_side; ++side) value += scratch[side * merge_threads * 2 + min(dim, merge_threads * 2 - 1)];
-    send_halves(cta, out + dim * 2, value / total, tag, dim < config::head_dim);
+    send_halves(cta, out + dim * 2, __fdividef(value, total), tag, dim < config::head_dim);
   }
 }
 

@@ -13,6 +13,7 @@
 
 constexpr int num_consumer_warps = 8;
 constexpr int num_consumers = num_consumer_warps * 32;
+constexpr int producing_lanes = config::arch >= 90 ? 1 : 32;  // of the producer's warp: one asks for bulk copies
 constexpr int max_slots = 24;
 constexpr int max_rows = config::max_rows;
 constexpr int tile_rows = 16;
@@ -79,10 +80,21 @@ struct Patience {
     if (++polls != 1 && polls % 8 != 0) return false;
     volatile u32* aborted = &shared.aborted;
     if (*aborted > (kind == WaitKind::grid_barrier ? ends_early : 0)) return true;
-    if (polls % 64 != 0 || !over(args)) return false;
-    *aborted = static_cast<u32>(kind) << 8 | threadIdx.x / 32;
-    shared.aborted_at = *static_cast<volatile int*>(&shared.matrix);
+    if (polls % 64 != 0) return false;
+    // Others may have left off with a token already: their packets have overtaken this wait.
+    if (kind != WaitKind::grid_barrier && ld_relaxed_gpu(args.abandon) == args.epoch) {
+      atomicCAS(&shared.aborted, 0u, ends_early);
+      return true;
+    }
+    if (!over(args)) return false;
+    time_out(shared, kind);
     return true;
+  }
+
+  // The wait leaves its word.
+  static __device__ __forceinline__ void time_out(Shared& shared, WaitKind kind) {
+    *static_cast<volatile u32*>(&shared.aborted) = static_cast<u32>(kind) << 8 | threadIdx.x / 32;
+    shared.aborted_at = *static_cast<volatile int*>(&shared.matrix);
   }
 
   __device__ __forceinline__ bool over(const StepArgs& args) {
@@ -123,10 +135,12 @@ struct Cta {
 
   __device__ bool is_finisher() const { return warp == num_consumer_warps; }
   __device__ bool is_producer() const { return warp == num_consumer_warps + 1; }
+  __device__ bool produces() const { return is_producer() && lane < producing_lanes; }
   __device__ void consumer_sync() const { bar_sync(static_cast<int>(NamedBarrier::consumers), num_consumers); }
   __device__ void worker_sync() const { barrier_sync(static_cast<int>(NamedBarrier::workers), num_consumers + 32); }
 
   __device__ bool aborted() const { return *static_cast<volatile u32*>(&shared.aborted) != 0; }
+  __device__ bool timed_out() const { return *static_cast<volatile u32*>(&shared.aborted) > ends_early; }
 
   // Hides from the compiler that these never change: what a stage derives from them is computed there instead of being
   // kept in registers from one layer to the next.
@@ -134,8 +148,10 @@ struct Cta {
 
   // Wait for a phase of a barrier in shared memory; after args.wait_limit_ns give up and let everybody run on. Returns
   // whether the phase is over.
-  __device__ __forceinline__ bool wait(u64* bar, u32 parity, WaitKind kind) const {
+  __device__ __forceinline__ bool wait(u32 bar, u32 parity, WaitKind kind) const {
     const Stopwatch stopwatch(*this, kind);
+    if (mbarrier_test(bar, parity)) return true;
+    if (aborted()) return false;  // before a sleep in hardware, which may be long
     Patience patience;
     while (!mbarrier_try_wait(bar, parity)) {
       if (patience.ends(args, shared, kind)) return false;

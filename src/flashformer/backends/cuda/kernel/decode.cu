@@ -7,9 +7,27 @@
 #include "hidden.cuh"
 #include "sample.cuh"
 
+// The host's word that the launch shall end, though the token is not complete: CTA 0 asks for it and tells the others by the
+// launch's number. All ask twice a layer and look at the answer half a layer later, so that nobody waits for it; who waits
+// for a packet asks, too (`Patience`). Whoever knows runs to the token's end without waiting, where it is abandoned.
+struct Abandonment {
+  const Cta& cta;
+  u32 answer = 0;
+
+  __device__ __forceinline__ void ask() {
+    const bool asks_host = cta.idx == 0;
+    if (answer == (asks_host ? 1 : cta.args.epoch)) {
+      if (asks_host) st_relaxed_gpu(cta.args.abandon, cta.args.epoch);
+      cta.end_early();
+    }
+    answer = asks_host ? ld_relaxed_sys(cta.args.stop) : ld_relaxed_gpu(cta.args.abandon);
+  }
+};
+
 // Everything that the steps read, in the order in which the consumers use it.
 __device__ __forceinline__ void produce(const Cta& cta) {
   RingWriter ring(cta);
+  Abandonment abandonment{cta};
   ring.trace(Moment::first_fill, 0);
 #pragma unroll 1
   for (int step = 0; step < cta.args.num_steps; ++step) {
@@ -18,13 +36,15 @@ __device__ __forceinline__ void produce(const Cta& cta) {
       if (cta.aborted()) return ring.drain();
       stream_tiles<Kind::qkv>(ring, layer);
       if (layer == 0 && step > 0) {  // all keys and values of the step before are in their pages
-        cta.wait(&cta.shared.kv_ready, (step - 1) & 1, WaitKind::kv_ready);
+        cta.wait(shared_address(&cta.shared.kv_ready), (step - 1) & 1, WaitKind::kv_ready);
         fence_proxy_async();
       }
       stream_past(ring, layer, step);
       ring.trace(Moment::past_fill, layer);
       stream_tiles<Kind::o_proj>(ring, layer);
+      abandonment.ask();
       stream_tiles<Kind::gate_up>(ring, layer);
+      abandonment.ask();
       stream_tiles<Kind::down>(ring, layer);
     }
     stream_tiles<Kind::lm_head>(ring, config::num_layers);
@@ -127,7 +147,7 @@ struct Consumer {
       const bool ends = choose_tokens(cta, step);
       cta.trace(Moment::sample);
       if (ends) break;
-      if (cta.thread == 0) mbarrier_arrive(&cta.shared.kv_ready);
+      if (cta.thread == 0) mbarrier_arrive(shared_address(&cta.shared.kv_ready));
     }
     cta.worker_sync();  // the finisher sees that it was the last
     end_early();
@@ -142,21 +162,8 @@ struct Finisher {
   Parts parts;
   u32 tag = 0;
   u32 epoch;  // of this layer's dated values
-  u32 answer = 0;  // of `abandon_if_wanted`
 
   __device__ explicit Finisher(Cta& c) : cta(c), exchange(c.args), epoch(c.args.epoch) {}
-
-  // Whether the host wants the launch to end, though the token is not complete: CTA 0 asks it and tells the others by the
-  // launch's number. All ask once a layer and look at the answer a layer later, so that nobody waits for it. Whoever knows
-  // runs to the token's end without waiting, where it is abandoned; a token is never sent out if anybody has.
-  __device__ __forceinline__ void abandon_if_wanted() {
-    const bool asks_host = cta.idx == 0;
-    if (cta.lane == 0 && answer == (asks_host ? 1 : cta.args.epoch)) {
-      if (asks_host) st_relaxed_gpu(exchange.abandon, cta.args.epoch);
-      cta.end_early();
-    }
-    answer = asks_host ? ld_relaxed_sys(cta.args.stop) : ld_relaxed_gpu(exchange.abandon);
-  }
 
   __device__ __forceinline__ void next_layer() {
     tag ^= 1;
@@ -200,6 +207,10 @@ struct Finisher {
     using S = Stage<kind>;
     const int begin = S::begin(cta.idx);
     const int end = S::end(cta.idx);
+    if (__any_sync(~0u, cta.aborted())) {  // nobody needs the values of an abandoned token
+      parts.tile += end - begin;
+      return;
+    }
     HiddenOutput hidden = hidden_output<kind>(layer);
     const int half = cta.lane / tile_rows;
 #pragma unroll 1
@@ -243,7 +254,6 @@ struct Finisher {
     if (stops_before(first + 1)) return false;
     finish<Kind::o_proj>(layer);
     if (stops_before(first + 2)) return false;
-    abandon_if_wanted();  // here, for this stage needs no other values from memory
     finish<Kind::gate_up>(layer);
     if (stops_before(first + 3)) return false;
     finish<Kind::down>(layer);
@@ -274,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1) decode(const
   Cta cta(args, dynamic, shared);
   ring_init(cta);
   if (cta.is_producer()) {
-    produce(cta);
+    if (cta.produces()) produce(cta);
   } else if (cta.is_finisher()) {
     Finisher(cta).run();
   } else {

@@ -30,8 +30,6 @@ struct Exchange {
   int* best_id;          // [exchange_rows][num_ctas]
   float* top;            // [exchange_rows][num_ctas]: largest adjusted logits
   u32* stop;             // the host wants the launch to end with this token
-  // Not ordered by anything.
-  u32* abandon;          // the number of the last launch that the host wanted to end within a token
   // Dated values.
   u8* residual_attention;  // [exchange_rows][hidden_size]: from down to o_proj, if it travels
   u8* residual_mlp;        // likewise from o_proj to down
@@ -53,7 +51,6 @@ struct Exchange {
     best_id = reinterpret_cast<int*>(take(u64(exchange_rows) * config::num_ctas * 4));
     top = reinterpret_cast<float*>(take(u64(exchange_rows) * config::num_ctas * 4));
     stop = reinterpret_cast<u32*>(take(4));
-    abandon = reinterpret_cast<u32*>(take(4));
     const u64 residual_bytes = residual_travels ? u64(exchange_rows) * padded(config::hidden_size) * dated_bytes : 0;
     residual_attention = take(residual_bytes);
     residual_mlp = take(residual_bytes);

@@ -62,13 +62,21 @@ struct Fetch {
   // x: `X`, as F multiplies it. The padding columns become zeros; rows that do not exist are left alone.
   template <class F, class X>
   __device__ __forceinline__ void store(const Cta& cta, u8* x) const {
+    Conversion<F> conversion[batch][max_rows];
+    for_each_packet(cta, [&](int j, int row) { conversion[j][row].look_at(cta, packet[j][row]); });
+    for_each_packet(cta, [&](int j, int row) {
+      conversion[j][row].template store<X>(x + row * X::stride, packet_idx(j), packet[j][row], packet_idx(j) < packets);
+    });
+  }
+  // Of those of the warp.
+  template <class Body>
+  __device__ __forceinline__ void for_each_packet(const Cta& cta, Body&& body) const {
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
-      if (packet_idx(j) - cta.lane >= packets) continue;  // none of the warp's
+      if (packet_idx(j) - cta.lane >= packets) continue;
 #pragma unroll
       for (int row = 0; row < max_rows; ++row) {
-        if (row >= cta.args.num_rows) continue;
-        store_packet<F, X>(cta, x + row * X::stride, packet_idx(j), packet[j][row], packet_idx(j) < packets);
+        if (row < cta.args.num_rows) body(j, row);
       }
     }
   }
@@ -162,7 +170,9 @@ __device__ __forceinline__ void convert_x(const Cta& cta) {
       const int packet = first + cta.lane;
       Vec16 values{};
       if (packet < X::packets) values = *reinterpret_cast<const Vec16*>(x + packet * 16);
-      store_packet<typename S::F, X>(cta, x, packet, values, packet < X::packets);
+      Conversion<typename S::F> conversion;
+      conversion.look_at(cta, values);
+      conversion.template store<X>(x, packet, values, packet < X::packets);
     }
   }
 }

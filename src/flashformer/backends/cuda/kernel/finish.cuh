@@ -45,13 +45,13 @@ template <class S>
 __device__ __forceinline__ void send_part(const Cta& cta, const Parts& parts, const Sums<typename S::F>& sums, int part,
                                           const NormFactors<S>& factors) {
   const int buffer = parts.buffer();
-  cta.wait(&cta.shared.part_free[buffer], parts.free_parity(), WaitKind::part_free);
+  cta.wait(shared_address(&cta.shared.part_free[buffer]), parts.free_parity(), WaitKind::part_free);
   sums.leave(cta, cta.shared.part[buffer][part], factors);
   if constexpr (S::F::row_scale_bytes > 0) {
     if (part == S::last_part && cta.lane < tile_rows) cta.shared.row_scale[buffer][cta.lane] = sums.row_scale;
   }
   __syncwarp();
-  mbarrier_arrive_warp<part_arrivals / S::num_parts>(&cta.shared.part_ready[buffer], cta.lane);
+  mbarrier_arrive_warp<part_arrivals / S::num_parts>(shared_address(&cta.shared.part_ready[buffer]), cta.lane);
 }
 
 // The finishing warp's sums of a tile. Lane: row lane % 16, tokens lane / 16 + 2 i; of one token the second half of the
@@ -80,13 +80,13 @@ struct TileSums {
       if constexpr (S::F::row_scale_bytes > 0) token[i] *= cta.shared.row_scale[buffer][cta.lane % tile_rows];
     }
     __syncwarp();
-    mbarrier_arrive_warp<1>(&cta.shared.part_free[parts.buffer()], cta.lane);
-    if (num_tiles == 2) mbarrier_arrive_warp<1>(&cta.shared.part_free[next.buffer()], cta.lane);
+    mbarrier_arrive_warp<1>(shared_address(&cta.shared.part_free[parts.buffer()]), cta.lane);
+    if (num_tiles == 2) mbarrier_arrive_warp<1>(shared_address(&cta.shared.part_free[next.buffer()]), cta.lane);
     parts.tile += num_tiles;
   }
 
  private:
   static __device__ __forceinline__ void await(const Cta& cta, const Parts& parts) {
-    cta.wait(&cta.shared.part_ready[parts.buffer()], parts.ready_parity(), WaitKind::part_ready);
+    cta.wait(shared_address(&cta.shared.part_ready[parts.buffer()]), parts.ready_parity(), WaitKind::part_ready);
   }
 };

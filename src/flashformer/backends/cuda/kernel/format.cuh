@@ -52,10 +52,17 @@ __device__ __forceinline__ u32 fp8_activations(u32 pair) { return fma_bf16x2(pai
 // largest value is less than 2^5 of the typical one, the integers' error is below that of bf16 (docs/cuda-kernel.md).
 // A number is 256 * high + low, in two columns of operand B; a packet holds the high bytes of its eight, then the low.
 struct Integers {
-  u32 exponent;  // of the largest of the run, as float32 stores it; 255: not finite
+  u32 exponent = 0;  // of the largest of the run, as float32 stores it; 255: not finite
 
-  // `largest`: the bits of the lane's largest magnitude. The warp's halves hold a run each; all lanes call.
-  __device__ __forceinline__ Integers(const Cta& cta, u32 largest) {
+  // `packet`: eight 16-bit numbers. The warp's halves hold a run each; all lanes call.
+  __device__ __forceinline__ void look_at(const Cta& cta, const Vec16& packet) {
+    u32 largest = 0;
+#pragma unroll
+    for (u32 pair : packet.w) {
+      float lo, hi;
+      unpack_x(pair, lo, hi);
+      largest = max(largest, max(__float_as_uint(lo) & 0x7fffffffu, __float_as_uint(hi) & 0x7fffffffu));
+    }
     const bool upper = cta.lane >= 16;
     const u32 low = redux_max(upper ? 0 : largest);
     const u32 high = redux_max(upper ? largest : 0);
@@ -79,27 +86,34 @@ struct Integers {
   }
 };
 
-// A packet of eight activations into its row, as F multiplies them. All lanes of a warp call, for neighbouring packets;
-// those that are not `stored` hold zeros.
-template <class F, class X>
-__device__ __forceinline__ void store_packet(const Cta& cta, u8* row, int packet, Vec16 values, bool stored) {
-  if constexpr (F::fp8) {
-#pragma unroll
-    for (u32& pair : values.w) pair = fp8_activations(pair);
+// How a packet of eight activations becomes what F multiplies.
+template <class F>
+struct Conversion {
+  Integers integers;
+
+  // All lanes of a warp call, for neighbouring packets. The answers of several take as long as one's, so all are asked for
+  // before the first is used.
+  __device__ __forceinline__ void look_at(const Cta& cta, const Vec16& packet) {
+    if constexpr (F::integer) integers.look_at(cta, packet);
   }
-  if constexpr (F::integer) {
-    float x[2][4];
+
+  // Into its row, as X says; a packet that is not `stored` holds zeros.
+  template <class X>
+  __device__ __forceinline__ void store(u8* row, int packet, Vec16 values, bool stored) const {
+    if constexpr (F::fp8) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) unpack_x(values.w[i], x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
-    u32 bits = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) bits = max(bits, __float_as_uint(x[i / 4][i % 4]) & 0x7fffffffu);
-    const Integers integers(cta, bits);
-    Integers::split(x[0], integers.factor(), values.w[0], values.w[2]);
-    Integers::split(x[1], integers.factor(), values.w[1], values.w[3]);
-    if (stored && packet % 16 == 0) {
-      *reinterpret_cast<float*>(row + X::data_bytes + packet / 16 * 4) = integers.scale<F>();
+      for (u32& pair : values.w) pair = fp8_activations(pair);
     }
+    if constexpr (F::integer) {
+      float x[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) unpack_x(values.w[i], x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+      Integers::split(x[0], integers.factor(), values.w[0], values.w[2]);
+      Integers::split(x[1], integers.factor(), values.w[1], values.w[3]);
+      if (stored && packet % 16 == 0) {
+        *reinterpret_cast<float*>(row + X::data_bytes + packet / 16 * 4) = integers.scale<F>();
+      }
+    }
+    if (stored) *reinterpret_cast<Vec16*>(row + packet * 16) = values;
   }
-  if (stored) *reinterpret_cast<Vec16*>(row + packet * 16) = values;
-}
+};

@@ -67,16 +67,18 @@ struct Share {
   }
 };
 
-// This warp's chunks of one tile from `first` on, before `end`. The ring is at chunk `at` and ends up at `end`.
+// This warp's chunks of one tile from `first` on, before `end`. The ring is at chunk `at` and ends up at `end`; once it is
+// lost it stays where it is.
 template <class S, class Operand>
 __device__ __forceinline__ void multiply_tile(const Cta& cta, RingReader& ring, const Share<S>& share,
                                               Sums<typename S::F>& sums, const Operand& x, int first, int at, int end) {
+  if (ring.is_lost()) return;
   if (first >= end) return ring.skip(end - at);
   ring.skip(first - at);
 #pragma unroll 1
   for (int chunk = first; chunk < end; chunk += slots_at_once) {
     const u8* slot = ring.wait();
-    if (!ring.is_lost()) share.multiply(cta, sums, slot, x, chunk);
+    share.multiply(cta, sums, slot, x, chunk);  // of a lost ring whatever lies there: nobody needs the sums
     ring.release<num_consumer_warps / warps_a_slot>();
     ring.skip(min(slots_at_once, end - chunk));
   }

@@ -29,6 +29,11 @@ __device__ __forceinline__ void send_dated(void* at, float value, u32 epoch) {
   st_relaxed_gpu_b64(at, __float_as_uint(value), epoch);
 }
 
+// Two neighbouring ones.
+__device__ __forceinline__ void send_dated(void* at, float2 pair, u32 epoch) {
+  st_relaxed_gpu_b128(at, {{__float_as_uint(pair.x), epoch, __float_as_uint(pair.y), epoch}});
+}
+
 __device__ __forceinline__ u64 load_dated(const void* at) { return ld_relaxed_gpu(static_cast<const u64*>(at)); }
 
 // Poll again until the value is there.
@@ -42,7 +47,6 @@ __device__ __forceinline__ float await_dated(const Cta& cta, u64 dated, const vo
   return __uint_as_float(static_cast<u32>(dated));
 }
 
-// Two neighbouring dated values.
 __device__ __forceinline__ bool both_arrived(const Vec16& pair, u32 epoch) {
   return pair.w[1] == epoch && pair.w[3] == epoch;
 }
@@ -80,6 +84,15 @@ __device__ __forceinline__ void send_halves(const Cta& cta, u8* at, float value,
 #pragma unroll
   for (int i = 1; i < 4; ++i) packet.w[i] = __shfl_down_sync(~0u, packet.w[0], 2 * i);
   if (valid && cta.lane % 8 == 0) send_packet<Payload::half>(at, packet, tag);
+}
+
+// The same for four neighbouring lanes with two elements each.
+__device__ __forceinline__ void send_half_pairs(const Cta& cta, u8* at, float2 pair, u32 tag, bool valid) {
+  Vec16 packet;
+  packet.w[0] = pack_x(pair.x, pair.y);
+#pragma unroll
+  for (int i = 1; i < 4; ++i) packet.w[i] = __shfl_down_sync(~0u, packet.w[0], i);
+  if (valid && cta.lane % 4 == 0) send_packet<Payload::half>(at, packet, tag);
 }
 
 // Four neighbouring lanes, four floats.

@@ -74,14 +74,14 @@ __device__ __forceinline__ void stream_past(Sink& ring, int layer, int step) {
   const Cta& cta = ring.cta;
   for_each_unit(cta, step, layer_table[layer].window, [&](int row, const RowPast& past, int kv_head, int chunk) {
     const int* table = cta.args.page_table + cta.args.slots[row] * cta.args.max_pages + past.first_page;
-    const int end = min(past.num_pages, (chunk + 1) * past.chunk_pages);
-    for (int page = chunk * past.chunk_pages; page < end; page += 32) {
-      const int entry = page + cta.lane < end ? table[page + cta.lane] : 0;
-      for (int i = 0; i < min(32, end - page); ++i) {
-        const u8* source = page_at(cta, layer, __shfl_sync(~0u, entry, i), kv_head);
-        ring.fill(source, page_bytes);
-        ring.fill(source + page_bytes, page_bytes);
-      }
+    const int begin = chunk * past.chunk_pages;
+    const int end = min(past.num_pages, begin + past.chunk_pages);
+    int entry = begin < end ? table[begin] : 0;
+    for (int page = begin; page < end; ++page) {
+      const u8* source = page_at(cta, layer, entry, kv_head);
+      if (page + 1 < end) entry = table[page + 1];  // known by the time it is needed
+      ring.fill(source, page_bytes);
+      ring.fill(source + page_bytes, page_bytes);
     }
   });
 }

@@ -14,14 +14,14 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
-// --- mbarrier (PTX ISA 9.7.13.15) ---
+// --- mbarrier (PTX ISA 9.7.13.15); `bar`: its `shared_address` ---
 
-__device__ __forceinline__ void mbarrier_init(u64* bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+__device__ __forceinline__ void mbarrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(u64* bar) {
-  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}" ::"r"(shared_address(bar)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(u32 bar) {
+  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}" ::"r"(bar) : "memory");
 }
 
 // `count` * arriving_lanes arrivals by a whole warp, for which one of its lanes speaks. A race checker that follows single
@@ -29,11 +29,10 @@ __device__ __forceinline__ void mbarrier_arrive(u64* bar) {
 constexpr int arriving_lanes = config::every_lane_arrives ? 32 : 1;
 
 template <int count>
-__device__ __forceinline__ void mbarrier_arrive_warp(u64* bar, int lane) {
+__device__ __forceinline__ void mbarrier_arrive_warp(u32 bar, int lane) {
 #if __CUDA_ARCH__ >= 900
   if (lane < arriving_lanes) {
-    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0], %1;\n}" ::"r"(shared_address(bar)),
-                 "n"(count) : "memory");
+    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0], %1;\n}" ::"r"(bar), "n"(count) : "memory");
   }
 #else
   static_assert(arriving_lanes == 1);
@@ -42,19 +41,19 @@ __device__ __forceinline__ void mbarrier_arrive_warp(u64* bar, int lane) {
 }
 
 // Whether a phase is over.
-__device__ __forceinline__ bool mbarrier_test(u64* bar, u32 parity) {
+__device__ __forceinline__ bool mbarrier_test(u32 bar, u32 parity) {
   u32 done;
   asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
   return done != 0;
 }
 
 // The same after a short sleep in hardware, where there is one.
-__device__ __forceinline__ bool mbarrier_try_wait(u64* bar, u32 parity) {
+__device__ __forceinline__ bool mbarrier_try_wait(u32 bar, u32 parity) {
 #if __CUDA_ARCH__ >= 900
   u32 done;
   asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
   return done != 0;
 #else
   return mbarrier_test(bar, parity);
@@ -72,28 +71,28 @@ __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive_expect_tx(u64* bar, u32 bytes) {
-  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1;\n}" ::"r"(shared_address(bar)),
-               "r"(bytes) : "memory");
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(u32 bar, u32 bytes) {
+  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1;\n}" ::"r"(bar), "r"(bytes)
+               : "memory");
 }
 
 // 1-D bulk copy global -> shared; the policy says that the bytes are read once (createpolicy evict_first, encoded).
-__device__ __forceinline__ void cp_async_bulk(void* dst, const void* src, u32 bytes, u64* bar) {
+__device__ __forceinline__ void cp_async_bulk(u32 dst, const void* src, u32 bytes, u32 bar) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(dst)),
-      "l"(src), "r"(bytes), "r"(shared_address(bar)), "l"(0x12F0000000000000ull) : "memory");
+          dst),
+      "l"(src), "r"(bytes), "r"(bar), "l"(0x12F0000000000000ull) : "memory");
 }
 #else
 __device__ __forceinline__ void fence_mbarrier_init() { __threadfence_block(); }
 
-__device__ __forceinline__ void cp_async_16(void* dst, const void* src) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(dst)), "l"(src) : "memory");
+__device__ __forceinline__ void cp_async_16(u32 dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
 
 // Arrives on the barrier when all earlier cp.async of this thread have landed.
-__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(u64* bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(u32 bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
 }
 #endif
 

@@ -1,6 +1,6 @@
 // The ring of slots in shared memory through which all weights, keys and values stream.
 //
-// One warp fills, eight warps read. `RingPosition` is a slot and the parity of its barriers; both sides walk the
+// One lane fills, eight warps read. `RingPosition` is a slot and the parity of its barriers; both sides walk the
 // same sequence of fills, which is never interrupted at a stage, layer or token. Two limits: a slot is refilled
 // only when all readers have released it, and few fills are on their way at any time (queues in the memory system make
 // every hand-off slower: docs/cuda-kernel.md).
@@ -20,58 +20,58 @@ struct RingPosition {
   }
 };
 
-// Used by the producer warp, all lanes together.
+// Used by the producing lanes, each for itself. A copy costs its lane a few hundred clocks, in which all memory that this
+// SM can have is one slot: so barriers are known by their addresses, and nothing is asked twice.
 struct RingWriter {
   const Cta& cta;
-  RingPosition next;    // to be filled
-  RingPosition landed;  // the oldest fill that may still be on its way
+  u32 full, empty, slots;  // addresses of those of slot 0
+  RingPosition next;       // to be filled
+  RingPosition ahead;      // half a ring further on
+  RingPosition landed;     // the oldest fill that may still be on its way
   int in_flight = 0;
+  bool lost = false;       // a wait has ended without its slot: nobody reads on
 
-  __device__ explicit RingWriter(const Cta& c) : cta(c) { next.parity = 1; }
+  __device__ explicit RingWriter(const Cta& c)
+      : cta(c), full(shared_address(c.shared.full)), empty(shared_address(c.shared.empty)), slots(shared_address(c.slots)) {
+    next.parity = ahead.parity = 1;
+    ahead.advance(cta.args.num_slots, cta.args.num_slots / 2);
+  }
 
-  __device__ void fill(const u8* source, u32 bytes) {
-    Shared& shared = cta.shared;
-    if (__any_sync(~0u, cta.aborted())) return;  // or every fill would wait in vain
-    while (in_flight >= most_in_flight()) land(WaitKind::slot_landed);
-    cta.wait(&shared.empty[next.slot], next.parity, WaitKind::slot_empty);
-    if (__any_sync(~0u, cta.aborted())) return;  // nobody reads on
-    u8* slot = cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
+  __device__ __forceinline__ void fill(const u8* source, u32 bytes) {
+    if (lost) return;
+    // Fewer while half of the slots wait to be read: hand-offs then matter more than copies.
+    const bool half_free = mbarrier_test(empty + 8 * ahead.slot, ahead.parity);
+    const int most = half_free ? cta.args.in_flight : cta.args.full_in_flight;
+    while (in_flight >= most) land(WaitKind::slot_landed);
+    lost = !cta.wait(empty + 8 * next.slot, next.parity, WaitKind::slot_empty);
+    if (lost) return;
     cta.delay(next.slot);
-    copy(slot, source, bytes, &shared.full[next.slot]);
+    copy(slots + next.slot * config::slot_bytes, source, bytes, full + 8 * next.slot);
     next.advance(cta.args.num_slots);
+    ahead.advance(cta.args.num_slots);
     ++in_flight;
   }
 
-  // Fewer while half of the slots wait to be read: hand-offs then matter more than copies.
-  __device__ __forceinline__ int most_in_flight() const {
-    RingPosition ahead = next;
-    ahead.advance(cta.args.num_slots, cta.args.num_slots / 2);
-    const bool is_free = mbarrier_test(&cta.shared.empty[ahead.slot], ahead.parity);
-    return __any_sync(~0u, is_free) ? cta.args.in_flight : cta.args.full_in_flight;
-  }
-
 #if __CUDA_ARCH__ >= 900
-  __device__ void copy(u8* slot, const u8* source, u32 bytes, u64* full) {
-    if (cta.lane != 0) return;
-    mbarrier_arrive_expect_tx(full, bytes);
-    cp_async_bulk(slot, source, bytes, full);
+  __device__ __forceinline__ void copy(u32 slot, const u8* source, u32 bytes, u32 bar) {
+    mbarrier_arrive_expect_tx(bar, bytes);
+    cp_async_bulk(slot, source, bytes, bar);
   }
 #else
-  __device__ void copy(u8* slot, const u8* source, u32 bytes, u64* full) {
+  __device__ __forceinline__ void copy(u32 slot, const u8* source, u32 bytes, u32 bar) {
     for (u32 at = cta.lane * 16; at < bytes; at += 32 * 16) cp_async_16(slot + at, source + at);
-    cp_async_mbarrier_arrive_noinc(full);
+    cp_async_mbarrier_arrive_noinc(bar);
   }
 #endif
 
   __device__ __forceinline__ void trace(Moment moment, int layer) const { cta.trace(moment, layer); }
 
   // The oldest copy on its way has landed. Waits when nobody else does any more: a copy must not outlive the CTA.
-  __device__ void land(WaitKind kind) {
+  __device__ __forceinline__ void land(WaitKind kind) {
     Patience patience;
-    while (!mbarrier_try_wait(&cta.shared.full[landed.slot], landed.parity)) {
+    while (!mbarrier_try_wait(full + 8 * landed.slot, landed.parity)) {
       if (++patience.polls % 64 == 0 && patience.over(cta.args)) {
-        *static_cast<volatile u32*>(&cta.shared.aborted) = static_cast<u32>(kind) << 8 | cta.warp;
-        cta.shared.aborted_at = *static_cast<volatile int*>(&cta.shared.matrix);
+        Patience::time_out(cta.shared, kind);
         break;
       }
     }
@@ -97,7 +97,7 @@ struct RingReader {
   __device__ __forceinline__ bool is_lost() const { return next.parity > 1; }
 
   __device__ __forceinline__ const u8* wait() {
-    if (!is_lost() && !cta.wait(&cta.shared.full[next.slot], next.parity, WaitKind::slot_full)) next.parity = 2;
+    if (!is_lost() && !cta.wait(shared_address(&cta.shared.full[next.slot]), next.parity, WaitKind::slot_full)) next.parity = 2;
     return cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
   }
 
@@ -105,7 +105,7 @@ struct RingReader {
   template <int count>
   __device__ __forceinline__ void release() {
     __syncwarp();
-    mbarrier_arrive_warp<count>(&cta.shared.empty[next.slot], cta.lane);
+    mbarrier_arrive_warp<count>(shared_address(&cta.shared.empty[next.slot]), cta.lane);
   }
 
   // On to another slot; those between are read by other warps.
@@ -116,12 +116,12 @@ __device__ __forceinline__ void ring_init(const Cta& cta) {
   poison_shared(cta);
   if (cta.thread == 0) {
     for (int i = 0; i < cta.args.num_slots; ++i) {
-      mbarrier_init(&cta.shared.full[i], config::arch >= 90 ? 1 : 32);
-      mbarrier_init(&cta.shared.empty[i], num_consumer_warps * arriving_lanes);
+      mbarrier_init(shared_address(&cta.shared.full[i]), config::arch >= 90 ? 1 : 32);
+      mbarrier_init(shared_address(&cta.shared.empty[i]), num_consumer_warps * arriving_lanes);
     }
-    mbarrier_init(&cta.shared.kv_ready, 1);
-    for (u64& ready : cta.shared.part_ready) mbarrier_init(&ready, part_arrivals * arriving_lanes);
-    for (u64& free : cta.shared.part_free) mbarrier_init(&free, arriving_lanes);
+    mbarrier_init(shared_address(&cta.shared.kv_ready), 1);
+    for (u64& ready : cta.shared.part_ready) mbarrier_init(shared_address(&ready), part_arrivals * arriving_lanes);
+    for (u64& free : cta.shared.part_free) mbarrier_init(shared_address(&free), arriving_lanes);
     cta.shared.aborted = 0;
     cta.shared.last = 0;
     cta.shared.search_rounds = 0;

@@ -86,7 +86,8 @@ __device__ __forceinline__ void pick(const Cta& cta, const Exchange& exchange, i
     }
     best = warp_best(best);
     const bool finite = best.value > -infinity && best.value < infinity;
-    const int id = cta.aborted() ? abandoned : best.id < 0 || finite ? best.id : not_finite;
+    // What was left off after the candidates had been sent does not count: all CTAs must choose the same.
+    const int id = cta.timed_out() ? abandoned : best.id < 0 || finite ? best.id : not_finite;
     bool ends = id < 0;
     for (int i = cta.lane; i < cta.args.num_stop_ids[row]; i += 32) {
       ends |= cta.args.stop_ids[row * max_stop_ids + i] == id;

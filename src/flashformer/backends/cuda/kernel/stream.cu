@@ -11,6 +11,7 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1)
   const u64 begin = num_slots * cta.idx / config::num_ctas;
   const u64 end = num_slots * (cta.idx + 1) / config::num_ctas;
   if (cta.is_producer()) {
+    if (!cta.produces()) return;
     RingWriter ring(cta);
     for (u64 i = begin; i < end; ++i) ring.fill(args.image + i * config::slot_bytes, config::slot_bytes);
     ring.drain();
