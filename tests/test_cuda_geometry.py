@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from flashformer.backends.cuda import compile as cuda_compile
-from flashformer.backends.cuda.geometry import page_bytes, past_of, stage_shape
+from flashformer.backends.cuda.geometry import page_bytes, past_of, stage_shape, tiles_of
 from flashformer.codegen.cuda_header import MATRICES, render_cuda
 from flashformer.errors import CompileError
 from test_cuda_compile import plan_for
@@ -47,11 +47,12 @@ def stages_of(plan, rows):
     for name in (*MATRICES, "lm_head"):
         matrix = plan.matrix(name, -1 if name == "lm_head" else 0)
         shape = stage_shape(plan, matrix, rows)
-        runs = shape.window_chunks * shape.chunk_runs if shape.num_windows > 1 else shape.runs
-        copies = 2 if shape.num_windows > 1 else 1
+        runs = shape.runs if shape.whole else shape.window_chunks * shape.chunk_runs
+        copies = 1 if shape.whole else 2
         stride = f"Rows<Stage<Kind::{name}>::F, {runs}>::stride"
         yield f"{copies * rows} * {stride} == {shape.x_bytes(rows)}"
         yield f"Stage<Kind::{name}>::tiles == {matrix.num_tiles}"
+        yield f"Stage<Kind::{name}>::in_two == {str(shape.whole and shape.num_windows > 1).lower()}"
         for field in FIELDS:
             yield f"Stage<Kind::{name}>::{field} == {getattr(shape, field)}"
 
@@ -66,6 +67,38 @@ def test_python_cuts_matrices_and_pages_as_the_kernel_does(accepted, formats, sh
     pages = [f"page_bytes == {page_bytes(plan, layer)}", f"min_chunk_pages == {least}"]
 
     assert accepted(plan, rows, [*stages_of(plan, rows), *pages])
+
+
+@pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen3-0.6b", "odd"])
+def test_python_deals_tiles_out_as_the_kernel_does(accepted, shape):
+    plan = plan_for("sm_90a", shape)
+    gate_up = plan.matrix("gate_up", 0)
+    dealt = [tiles_of(plan, gate_up, cta) for cta in range(plan.machine.num_ctas)]
+    assert sorted(t for tiles in dealt for t in tiles) == list(range(gate_up.num_tiles))
+
+    assertions = [
+        f"Stage<Kind::gate_up>::tile({cta}, {i}) == {tile}"
+        for cta, tiles in enumerate(dealt)
+        for i, tile in enumerate(tiles)
+    ]
+    assert accepted(plan, 1, assertions)
+
+
+@pytest.mark.parametrize(
+    ("shape", "formats", "chunks", "early"),
+    [
+        ("llama-3.1-8b", ("bf16", "bf16"), 28, 26),
+        ("llama-3.1-8b", ("int4g128", "int8"), 7, 6),
+        ("llama-3.2-1b", ("bf16", "bf16"), 16, 14),
+        ("qwen3-0.6b", ("bf16", "bf16"), 6, 4),
+    ],
+)
+def test_down_begins_with_what_all_turns_of_gate_up_but_the_last_have_sent(
+    shape, formats, chunks, early
+):
+    plan = plan_for("sm_90a", shape, *formats)
+    found = stage_shape(plan, plan.matrix("down", 0), 1)
+    assert (found.num_chunks, found.window_chunks) == (chunks, early)
 
 
 def test_a_number_that_differs_is_noticed(accepted):

@@ -67,8 +67,28 @@ STAGES = [of_tiles(t, c) for t, c in product(range(8), range(1, 18))]
 STAGES += [of_pages(p) for p in range(20)]
 STAGES += [of_window(2, range(first, first + 1), turn=1) for first in range(4)]
 WINDOWS = [range(first, first + size) for first, size in product((0, 4), range(1, 17))]
+
+
+def in_turn(*stages):
+    """Several parts of the ring that no barrier separates."""
+    reads, num_fills = {group: [] for group in GROUPS}, 0
+    for part, count in stages:
+        for group in GROUPS:
+            reads[group] += [num_fills + fill for fill in part[group]]
+        num_fills += count
+    return reads, num_fills
+
+
 EVEN, ODD = ([of_window(2, w, turn=0) for w in WINDOWS if len(w) % 2 == odd] for odd in range(2))
 STAGES += EVEN
+# Activations in two parts, the second of which is there when a later group of tiles comes. (Of an
+# odd number of chunks every part begins with a barrier.)
+TWO = [(range(early), range(early, early + late)) for early in (2, 4, 6, 14) for late in (2, 4)]
+STAGES += [
+    in_turn(*(of_window(tiles, part, turn=0) for tiles in counts for part in parts))
+    for parts in TWO
+    for counts in ((1,), (2,), (2, 1), (2, 2), (2, 2, 2))
+]
 
 
 @pytest.mark.parametrize("num_slots", range(MIN_SLOTS, MAX_SLOTS + 1))

@@ -16,7 +16,7 @@ from flashformer.codegen.cuda_header import (
 from flashformer.codegen.exchange import padded
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Matrix, Plan
-from flashformer.quant.formats import FORMATS, Format
+from flashformer.quant.formats import FORMATS, TILE_ROWS, Format
 
 SLOTS_AT_ONCE = 2  # that the consumers multiply
 IN_FLIGHT_BYTES = 65536  # on their way to a CTA
@@ -49,6 +49,7 @@ class StageShape:
     window_chunks: int  # of the activations that shared memory holds at once
     group: int  # tiles that share a pass over the windows
     scale_bytes: int  # of the activations' scales, a run
+    whole: bool  # shared memory holds all activations, though the tiles take them in windows
 
     @property
     def last_runs(self) -> int:
@@ -73,7 +74,7 @@ class StageShape:
 
     def x_bytes(self, rows: int) -> int:
         """Shared memory of the activations of `rows` rows (`Rows` of kernel/format.cuh)."""
-        if self.num_windows > 1:
+        if not self.whole:
             return 2 * rows * self._stride(self.window_chunks * self.chunk_runs)
         return rows * self._stride(self.runs)
 
@@ -99,6 +100,8 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
     num_chunks = max(-(-runs // slot_runs), SLOTS_AT_ONCE if wide else 1)
     chunk_runs = -(-runs // num_chunks)
     windowed = in_windows and rows * data > 2 * window_bytes
+    early = 0 if windowed else _early_chunks(plan, matrix, num_chunks, chunk_runs * run_cols)
+    window = _even_or_one(window_bytes // rows // (data * chunk_runs // runs))
     return StageShape(
         run_cols=run_cols,
         run_bytes=run_bytes,
@@ -107,12 +110,32 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
         tile_bytes=matrix.tile_bytes,
         num_chunks=num_chunks,
         chunk_runs=chunk_runs,
-        window_chunks=_even_or_one(window_bytes // rows // (data * chunk_runs // runs))
-        if windowed
-        else num_chunks,
-        group=window_tiles(plan.machine.arch) if windowed else 1,
+        window_chunks=window if windowed else early or num_chunks,
+        group=window_tiles(plan.machine.arch) if windowed or early else 1,
         scale_bytes=0 if weight_format.floating else 4,
+        whole=not windowed,
     )
+
+
+def _early_chunks(plan: Plan, matrix: Matrix, num_chunks: int, chunk_cols: int) -> int:
+    """Chunks of down's tiles whose columns come before gate_up's last turn; 0: no split."""
+    if matrix.name != "down":
+        return 0
+    ctas = plan.machine.num_ctas
+    turns = -(-plan.matrix("gate_up", matrix.layer).num_tiles // ctas)
+    early = (turns - 1) * ctas * (TILE_ROWS // 2) // chunk_cols // 2 * 2
+    return early if 2 * early >= num_chunks else 0
+
+
+def tiles_of(plan: Plan, matrix: Matrix, cta: int) -> list[int]:
+    """A CTA's tiles in its order (`Stage::tile`): neighbours, or of gate_up one of every turn."""
+    first, end = matrix.first_tile[cta : cta + 2]
+    if matrix.name != "gate_up":
+        return list(range(first, end))
+    ctas = plan.machine.num_ctas
+    full = matrix.num_tiles // ctas
+    last = full * (ctas - cta) + first
+    return [turn * ctas + cta if turn < full else last for turn in range(end - first)]
 
 
 class Ring(NamedTuple):

@@ -93,7 +93,7 @@ struct Consumer {
   template <Kind kind>
   __device__ __forceinline__ void multiply(int layer, const u8* input, u32 input_tag) {
     using S = Stage<kind>;
-    const bool idle = S::may_be_idle && S::begin(cta.idx) == S::end(cta.idx);
+    const bool idle = S::may_be_idle && S::count(cta.idx) == 0;
     if constexpr (S::windowed) {
       if (!idle) matvec_windows<S>(cta, ring, input, input_tag, parts);
     } else {
@@ -103,7 +103,11 @@ struct Consumer {
         if (!idle) load_x<S>(cta, input, input_tag);
       }
       cta.trace(moment_of(Moment::qkv_input, kind), layer);
-      matvec<S>(cta, ring, parts);
+      if constexpr (S::in_two) {
+        matvec_in_two<S>(cta, ring, input, input_tag, parts);
+      } else {
+        matvec<S>(cta, ring, parts);
+      }
     }
     cta.trace(moment_of(Moment::qkv, kind), layer);
   }
@@ -205,21 +209,21 @@ struct Finisher {
   template <Kind kind>
   __device__ __forceinline__ void finish(int layer) {
     using S = Stage<kind>;
-    const int begin = S::begin(cta.idx);
-    const int end = S::end(cta.idx);
+    const int num_tiles = S::count(cta.idx);
     if (__any_sync(~0u, cta.aborted())) {  // nobody needs the values of an abandoned token
-      parts.tile += end - begin;
+      parts.tile += num_tiles;
       return;
     }
     HiddenOutput hidden = hidden_output<kind>(layer);
     const int half = cta.lane / tile_rows;
 #pragma unroll 1
-    for (int first = begin; first < end; first += tiles_finished) {
-      const int tile = tiles_finished == 2 ? first + half : first;
+    for (int first = 0; first < num_tiles; first += tiles_finished) {
+      const int own = tiles_finished == 2 ? first + half : first;
+      const int tile = S::tile(cta.idx, own);
       // Of one token the second half of the warp has the next tile, or nothing to do.
-      const int first_token = tiles_finished == 1 ? half : tile < end ? 0 : max_rows;
+      const int first_token = tiles_finished == 1 ? half : own < num_tiles ? 0 : max_rows;
       if constexpr (kind == Kind::o_proj || kind == Kind::down) hidden.fetch(cta, tile, first_token);
-      const TileSums<S> sums(cta, parts, min(tiles_finished, end - first));
+      const TileSums<S> sums(cta, parts, min(tiles_finished, num_tiles - first));
       cta.delay(first);
       if (cta.drops_packets(matrix_number(kind, layer))) continue;
 #pragma unroll

@@ -59,13 +59,15 @@ struct Fetch {
       }
     } while (!complete && !patience.ends(cta.args, cta.shared, WaitKind::packet));
   }
-  // x: `X`, as F multiplies it. The padding columns become zeros; rows that do not exist are left alone.
+  // x: `X`, as F multiplies it, from packet `first` on. The padding columns become zeros; rows that do not exist are left
+  // alone.
   template <class F, class X>
-  __device__ __forceinline__ void store(const Cta& cta, u8* x) const {
+  __device__ __forceinline__ void store(const Cta& cta, u8* x, int first = 0) const {
     Conversion<F> conversion[batch][max_rows];
     for_each_packet(cta, [&](int j, int row) { conversion[j][row].look_at(cta, packet[j][row]); });
     for_each_packet(cta, [&](int j, int row) {
-      conversion[j][row].template store<X>(x + row * X::stride, packet_idx(j), packet[j][row], packet_idx(j) < packets);
+      const int at_x = first + packet_idx(j);
+      conversion[j][row].template store<X>(x + row * X::stride, at_x, packet[j][row], packet_idx(j) < packets);
     });
   }
   // Of those of the warp.
@@ -81,6 +83,20 @@ struct Fetch {
     }
   }
   __device__ __forceinline__ void next_batch() { at += batch * num_consumers; }
+
+  // All of them; `issued`: they are on their way already. `meet` is called before the first is stored.
+  template <class F, class X, class Meet>
+  __device__ __forceinline__ void load(const Cta& cta, u8* x, int first, bool issued, Meet&& meet) {
+#pragma unroll
+    for (int i = 0; i < batches; ++i) {
+      if (i > 0 || !issued) issue(cta);
+      await(cta);
+      if (i == 0) meet();
+      store<F, X>(cta, x, first);
+      next_batch();
+    }
+    cta.consumer_sync();
+  }
 };
 
 // The weights of the norm that belong to one of a thread's packets: eight columns, zero beyond the last one.
@@ -116,20 +132,12 @@ __device__ __forceinline__ void leave_squares(const Cta& cta, int row, float sum
   cta.shared.squares[row][cta.warp] = sum;
 }
 
-// All of a stage's activations. They take the place of those of the stage before, which every warp must have left.
+// All of a stage's activations, or those that come early. They take the place of those of the stage before, which every
+// warp must have left.
 template <class S>
 __device__ __forceinline__ void load_x(const Cta& cta, const u8* buffer, u32 tag) {
-  using Row = Fetch<S::cols, S::X::packets>;
-  Row fetch(cta, buffer, tag);
-#pragma unroll
-  for (int i = 0; i < Row::batches; ++i) {
-    fetch.issue(cta);
-    fetch.await(cta);
-    if (i == 0) cta.consumer_sync();
-    fetch.template store<typename S::F, typename S::X>(cta, cta.x);
-    fetch.next_batch();
-  }
-  cta.consumer_sync();
+  Fetch<S::cols, S::early_packets> fetch(cta, buffer, tag);
+  fetch.template load<typename S::F, typename S::X>(cta, cta.x, 0, false, [&] { cta.consumer_sync(); });
 }
 
 // Every row's sum over the warp's lanes: [max_rows] values of each lane -> the lane's row `row_of_lane` in value[0].

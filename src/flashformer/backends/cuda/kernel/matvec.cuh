@@ -11,8 +11,8 @@ __device__ __forceinline__ void stream_tiles(Sink& sink, int layer) {
   using S = Stage<kind>;
   const u8* matrix = sink.cta.args.image + S::offset(layer);
   const int cta_idx = sink.cta.idx;
-  for_each_pass<S>(S::begin(cta_idx), S::end(cta_idx), [&](int tile, int first, int end) {
-    const u8* source = matrix + static_cast<u64>(tile) * S::tile_bytes;
+  for_each_pass<S>(S::count(cta_idx), [&](int i, int first, int end) {
+    const u8* source = matrix + static_cast<u64>(S::tile(cta_idx, i)) * S::tile_bytes;
 #pragma unroll 1
     for (int chunk = first; chunk < end; ++chunk) sink.fill(source + chunk * S::chunk_bytes, S::bytes_of(chunk));
   });
@@ -33,6 +33,11 @@ struct Share {
   __device__ __forceinline__ int first_chunk(int tile) const {
     if constexpr (S::num_chunks >= slots_at_once) return (chunk - tile * S::turn) & (slots_at_once - 1);
     return chunk / S::num_chunks == tile % S::tiles_at_once ? chunk % S::num_chunks : S::num_chunks;
+  }
+  // The same from chunk `at` on.
+  __device__ __forceinline__ int first_chunk(int tile, int at) const {
+    const int first = first_chunk(tile);
+    return first + ceil_div(max(at - first, 0), slots_at_once) * slots_at_once;
   }
   __device__ __forceinline__ int part(int tile) const {
     return first_chunk(tile) % S::chunks_at_once * warps_a_slot + lead;
@@ -90,13 +95,50 @@ __device__ __forceinline__ void matvec(const Cta& cta, RingReader& ring, Parts& 
   const Operand<typename S::F, typename S::X> x(cta, cta.x);
   const Share<S> share(cta);
   const NormFactors<S> factors(cta);
-  const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
+  const int num_tiles = S::count(cta.idx);
 #pragma unroll 1
   for (int tile = 0; tile < num_tiles; ++tile, ++parts.tile) {
     Sums<typename S::F> sums;
     const int first = share.first_chunk(tile);
     multiply_tile(cta, ring, share, sums, x, first, 0, S::num_chunks);
     if (first < S::num_chunks) send_part<S>(cta, parts, sums, share.part(tile), factors);
+  }
+}
+
+// The same where the last columns of the activations come late: `load_x` has brought the others.
+template <class S>
+__device__ __forceinline__ void matvec_in_two(const Cta& cta, RingReader& ring, const u8* buffer, u32 tag, Parts& parts) {
+  using F = typename S::F;
+  using Late = Fetch<S::cols, S::X::packets - S::early_packets>;
+  // Packets are on their way while the others are used, where registers are left for them.
+  constexpr bool early = Late::batches == 1 && config::arch >= 90 && max_rows <= 2;
+  const Operand<F, typename S::X> x(cta, cta.x);
+  const Share<S> share(cta);
+  const int num_tiles = S::count(cta.idx);
+  Late late(cta, buffer, tag, S::early_packets);
+  if (early && num_tiles > 0) late.issue(cta);
+#pragma unroll 1
+  for (int group = 0; group < num_tiles; group += S::group) {
+    Sums<F> sums[S::group];
+#pragma unroll
+    for (int window = 0; window < 2; ++window) {
+      // Or a warp might wait for the fill after next (tests/test_cuda_ring.py).
+      if (S::num_chunks % 2 == 1 && group > 0) cta.consumer_sync();
+      if (group == 0 && window == 1) late.template load<F, typename S::X>(cta, cta.x, S::early_packets, early, [] {});
+      const int at = window * S::window_chunks;
+      const int end = window == 0 ? S::window_chunks : S::num_chunks;
+#pragma unroll
+      for (int i = 0; i < S::group; ++i) {
+        if (group + i >= num_tiles) break;
+        multiply_tile(cta, ring, share, sums[i], x, share.first_chunk(group + i, at), at, end);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < S::group; ++i) {
+      if (group + i >= num_tiles) break;
+      send_part<S>(cta, parts, sums[i], share.part(group + i), NormFactors<S>(cta));
+      ++parts.tile;
+    }
   }
 }
 
@@ -110,7 +152,7 @@ __device__ __forceinline__ void matvec_windows(const Cta& cta, RingReader& ring,
   // Packets are on their way while a window is used, where registers are left for them.
   constexpr bool early = F::bits == 16 || (config::arch >= 90 && (F::integer || max_rows < 8));
   const Share<S> share(cta);
-  const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
+  const int num_tiles = S::count(cta.idx);
 #pragma unroll 1
   for (int group = 0; group < num_tiles; group += S::group) {
     Sums<F> sums[S::group];
@@ -125,9 +167,7 @@ __device__ __forceinline__ void matvec_windows(const Cta& cta, RingReader& ring,
 #pragma unroll
       for (int i = 0; i < S::group; ++i) {
         if (group + i >= num_tiles) break;
-        const int first = share.first_chunk(group + i);
-        const int rounds = ceil_div(max(at - first, 0), slots_at_once);
-        multiply_tile(cta, ring, share, sums[i], x, first + rounds * slots_at_once, at, end);
+        multiply_tile(cta, ring, share, sums[i], x, share.first_chunk(group + i, at), at, end);
       }
       if (!early) fetch.issue(cta);
       fetch.await(cta);

@@ -73,21 +73,38 @@ struct Stage {
       slots_at_once / chunks_at_once < num_part_buffers ? slots_at_once / chunks_at_once : num_part_buffers;
 
   static constexpr bool windowed = may_be_wide && !fits_shared(max_rows, X::data_bytes);
+  // gate_up deals its tiles out in turns, so all but the last turn's columns of down's input have arrived by the time that a
+  // CTA is done with gate_up. Down multiplies them first, and the others when they are there, too.
+  static constexpr int last_turn = (ceil_div(ceil_div(config::intermediate_size, tile_rows / 2), config::num_ctas) - 1) *
+                                   config::num_ctas * (tile_rows / 2);  // its first column
+  static constexpr int early_chunks = last_turn / (chunk_runs * F::run_cols) / 2 * 2;
+  static constexpr bool in_two = kind == Kind::down && !windowed && early_chunks > 0 && 2 * early_chunks >= num_chunks;
   static constexpr int fitting_chunks = config::window_bytes / max_rows / (chunk_runs * F::run_cols * 2);
   // Even, if there are several: so every warp keeps to every other fill from one tile of the group to the next, and never
   // waits for one that is further ahead than most_in_flight (geometry.py) allows.
-  static constexpr int window_chunks = !windowed ? num_chunks : fitting_chunks > 1 ? fitting_chunks / 2 * 2 : 1;
+  static constexpr int window_chunks = windowed ? (fitting_chunks > 1 ? fitting_chunks / 2 * 2 : 1)
+                                       : in_two ? early_chunks
+                                                : num_chunks;
   // By how many chunks the warps move on from tile to tile: of a window of one chunk the next tile is the others'.
-  static constexpr int turn = !windowed ? num_chunks : window_chunks == 1 ? 1 : 0;
+  static constexpr int turn = !windowed && !in_two ? num_chunks : window_chunks == 1 ? 1 : 0;
   static constexpr int num_windows = ceil_div(num_chunks, window_chunks);
-  static constexpr int group = windowed ? config::window_tiles : 1;  // tiles that share a pass over the windows
+  static constexpr int group = windowed || in_two ? config::window_tiles : 1;  // tiles that share a pass over the windows
+  static constexpr int early_packets = in_two ? early_chunks * chunk_runs * F::run_cols / 8 : X::packets;
 
-  // This CTA's tiles: contiguous, as even as whole tiles allow (plan/tiles.py).
+  // A CTA's tiles are end - begin, as even as whole tiles allow (plan/tiles.py).
   static constexpr int shift = kind == Kind::down && residual_travels ? config::num_ctas / 2 : 0;
-  static __device__ __forceinline__ int begin(int cta_idx) {
+  static constexpr __device__ __forceinline__ int begin(int cta_idx) {
     return static_cast<int>((static_cast<long long>(tiles) * cta_idx + shift) / config::num_ctas);
   }
-  static __device__ __forceinline__ int end(int cta_idx) { return begin(cta_idx + 1); }
+  static constexpr __device__ __forceinline__ int end(int cta_idx) { return begin(cta_idx + 1); }
+  static constexpr __device__ __forceinline__ int count(int cta_idx) { return end(cta_idx) - begin(cta_idx); }
+
+  // The CTA's i-th tile: they are neighbours, but for those of gate_up, where every CTA gets one of each turn.
+  static constexpr __device__ __forceinline__ int tile(int cta_idx, int i) {
+    constexpr int full_turns = tiles / config::num_ctas;
+    if (kind != Kind::gate_up) return begin(cta_idx) + i;
+    return i < full_turns ? i * config::num_ctas + cta_idx : full_turns * (config::num_ctas - cta_idx) + begin(cta_idx);
+  }
 
   static __device__ __forceinline__ u64 offset(int layer) {
     if constexpr (layered) return layer_table[layer].matrix[static_cast<int>(kind)];
@@ -98,16 +115,17 @@ struct Stage {
   }
 };
 
-// Calls body(tile, window_first_chunk, window_end_chunk) in the order in which tiles meet windows of activations.
+// Calls body(i, window_first_chunk, window_end_chunk) in the order in which a CTA's tiles, from 0 on, meet windows of
+// activations.
 template <class S, class Body>
-__device__ __forceinline__ void for_each_pass(int begin, int end, Body&& body) {
+__device__ __forceinline__ void for_each_pass(int count, Body&& body) {
 #pragma unroll 1
-  for (int group = begin; group < end; group += S::group) {
+  for (int group = 0; group < count; group += S::group) {
 #pragma unroll 1
     for (int window = 0; window < S::num_windows; ++window) {
 #pragma unroll 1
-      for (int tile = group; tile < min(group + S::group, end); ++tile) {
-        body(tile, window * S::window_chunks, min((window + 1) * S::window_chunks, S::num_chunks));
+      for (int i = group; i < min(group + S::group, count); ++i) {
+        body(i, window * S::window_chunks, min((window + 1) * S::window_chunks, S::num_chunks));
       }
     }
   }
