@@ -1,5 +1,44 @@
 // The decoder with one of its ideas taken out, to see what the idea is worth; everything else is decode.cu itself.
 // ablation.py defines which. For one token a step.
+#include "multiply.cuh"
+
+#if defined(ABLATE_TENSOR_CORES)
+// Products by FFMA: weights and activations are widened to fp32 in the order in which they lie.
+__device__ __forceinline__ void widen(u32 pair, float& lo, float& hi) {
+  lo = __uint_as_float(pair << 16);
+  hi = __uint_as_float(pair & 0xffff0000u);
+}
+__device__ __forceinline__ float dot(u32 weights, float lo, float hi, float sum) {
+  float w_lo, w_hi;
+  widen(weights, w_lo, w_hi);
+  return fmaf(w_hi, hi, fmaf(w_lo, lo, sum));
+}
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+template <class F, int count, int last_blocks, class X>
+__device__ __forceinline__ void ffma_runs(const Cta& cta, Sums<F>& sums, const u8* slot, const Operand<F, X>& x) {
+  static_assert(max_rows == 1 && F::bits == 16 && !config::weights_f16);
+  const u8* token = x.x - cta.lane / 4 * X::stride;  // the one there is, for all lanes
+  float low = 0, high = 0;                           // row lane / 4, and + 8
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const Vec16 a = *reinterpret_cast<const Vec16*>(slot + i * F::run_bytes + cta.lane * 16);
+    const uint2 b = *reinterpret_cast<const uint2*>(token + i * (F::run_cols * 2));
+    float x0, x1, x2, x3;
+    widen(b.x, x0, x1);
+    widen(b.y, x2, x3);
+    low = dot(a.w[2], x2, x3, dot(a.w[0], x0, x1, low));
+    high = dot(a.w[3], x2, x3, dot(a.w[1], x0, x1, high));
+  }
+  sums.chain[0][0] += quad_sum(low);
+  sums.chain[0][2] += quad_sum(high);
+}
+#define multiply_runs ffma_runs
+#endif
+
 #include "attention.cuh"
 #include "hidden.cuh"
 #include "sample.cuh"
@@ -24,69 +63,6 @@ __device__ __forceinline__ void stream_past_and_stop(RingWriter& ring, int layer
 }
 #define stream_tiles stream_and_stop
 #define stream_past stream_past_and_stop
-
-#elif defined(ABLATE_TENSOR_CORES)
-// Products by FFMA: weights and activations are widened to fp32 in the order in which they lie.
-__device__ __forceinline__ void widen(u32 pair, float& lo, float& hi) {
-  lo = __uint_as_float(pair << 16);
-  hi = __uint_as_float(pair & 0xffff0000u);
-}
-__device__ __forceinline__ float dot(u32 weights, float lo, float hi, float sum) {
-  float w_lo, w_hi;
-  widen(weights, w_lo, w_hi);
-  return fmaf(w_hi, hi, fmaf(w_lo, lo, sum));
-}
-__device__ __forceinline__ float quad_sum(float v) {
-  v += __shfl_xor_sync(~0u, v, 1);
-  return v + __shfl_xor_sync(~0u, v, 2);
-}
-
-template <class S>
-__device__ __forceinline__ void ffma_matvec(const Cta& cta, RingReader& ring, Parts& parts) {
-  static_assert(max_rows == 1 && !S::windowed && !config::weights_f16);
-  constexpr int most = S::chunk_bytes / 512;  // fragments of a chunk
-  const Share<S> share(cta);
-  const NormFactors<S> factors(cta);
-  const int num_tiles = S::end(cta.idx) - S::begin(cta.idx);
-#pragma unroll 1
-  for (int tile = 0; tile < num_tiles; ++tile, ++parts.tile) {
-    const int first = share.first_chunk(tile);
-    ring.skip(first);
-    if (first == S::num_chunks) continue;
-    float low = 0, high = 0;  // row lane / 4, and + 8
-#pragma unroll 1
-    for (int chunk = first; chunk < S::num_chunks; chunk += slots_at_once) {
-      const u8* slot = ring.wait() + cta.lane * 16;
-      const u8* x = cta.x + chunk * most * 32 + cta.lane % 4 * 8;
-      const int count = S::bytes_of(chunk) / 512;
-      const int each = ceil_div(count, warps_a_slot);
-#pragma unroll 8
-      for (int i = share.lead * each; i < min(count, (share.lead + 1) * each); ++i) {
-        const Vec16 a = *reinterpret_cast<const Vec16*>(slot + i * 512);
-        const uint2 b = *reinterpret_cast<const uint2*>(x + i * 32);
-        float x0, x1, x2, x3;
-        widen(b.x, x0, x1);
-        widen(b.y, x2, x3);
-        low = dot(a.w[2], x2, x3, dot(a.w[0], x0, x1, low));
-        high = dot(a.w[3], x2, x3, dot(a.w[1], x0, x1, high));
-      }
-      ring.release<num_consumer_warps / warps_a_slot>();
-      ring.skip(min(slots_at_once, S::num_chunks - chunk));
-    }
-    low = quad_sum(low);
-    high = quad_sum(high);
-    const int buffer = parts.buffer();
-    cta.wait(shared_address(&cta.shared.part_free[buffer]), parts.free_parity(), WaitKind::part_free);
-    float* out = cta.shared.part[buffer][share.part(tile)] + cta.lane / 4;
-    if (cta.lane % 4 == 0) {
-      out[0] = factors.apply(0, low);
-      out[8] = factors.apply(0, high);
-    }
-    __syncwarp();
-    mbarrier_arrive_warp<part_arrivals / S::num_parts>(shared_address(&cta.shared.part_ready[buffer]), cta.lane);
-  }
-}
-#define matvec ffma_matvec
 #endif
 
 #define decode plain_decode

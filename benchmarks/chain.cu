@@ -79,6 +79,7 @@ __device__ __forceinline__ void run_matrix(const StepArgs& args, Kept* kept, int
   ring_init(cta);
   launch_dependents();
   if (cta.is_producer()) {
+    if (!cta.produces()) return;
     RingWriter ring(cta);
     stream_tiles<kind>(ring, layer);
     return ring.drain();
@@ -109,6 +110,7 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1)
   launch_dependents();
   wait_for_launch_before();  // the producer as well: it reads what earlier tokens have left
   if (cta.is_producer()) {
+    if (!cta.produces()) return;
     RingWriter ring(cta);
     stream_past(ring, layer, step);
     return ring.drain();

@@ -125,7 +125,8 @@ class StageOracle:
     def gate_up(self, layer, x, rstd):
         pair = self.normed("gate_up", layer, x, rstd)
         shape = (len(x), -1, 2, TILE_ROWS // 2)
-        exact, bound = pair.exact.reshape(shape), pair.bound.reshape(shape)
+        by_rows = np.argsort(self.plan.matrix("gate_up", layer).stored_tiles)
+        exact, bound = pair.exact.reshape(shape)[:, by_rows], pair.bound.reshape(shape)[:, by_rows]
         gate, up = exact[:, :, 0], exact[:, :, 1]
         silu = gate / (1 + np.exp(-gate))
         error = 1.1 * (np.abs(up) + bound[:, :, 1]) * bound[:, :, 0]  # |silu'| < 1.1

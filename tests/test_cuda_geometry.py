@@ -1,11 +1,12 @@
 """Python's numbers for the proof are those of the kernel: its own headers are asked, by NVRTC."""
 
 import shutil
+from itertools import pairwise
 
 import pytest
 
 from flashformer.backends.cuda import compile as cuda_compile
-from flashformer.backends.cuda.geometry import page_bytes, past_of, stage_shape, tiles_of
+from flashformer.backends.cuda.geometry import page_bytes, past_of, stage_shape
 from flashformer.codegen.cuda_header import MATRICES, render_cuda
 from flashformer.errors import CompileError
 from test_cuda_compile import plan_for
@@ -73,7 +74,7 @@ def test_python_cuts_matrices_and_pages_as_the_kernel_does(accepted, formats, sh
 def test_python_deals_tiles_out_as_the_kernel_does(accepted, shape):
     plan = plan_for("sm_90a", shape)
     gate_up = plan.matrix("gate_up", 0)
-    dealt = [tiles_of(plan, gate_up, cta) for cta in range(plan.machine.num_ctas)]
+    dealt = [gate_up.stored_tiles[a:b].tolist() for a, b in pairwise(gate_up.first_tile)]
     assert sorted(t for tiles in dealt for t in tiles) == list(range(gate_up.num_tiles))
 
     assertions = [

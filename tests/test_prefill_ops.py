@@ -130,14 +130,16 @@ def test_heads_are_normalised_turned_and_rounded(case, turned):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gate_and_up_become_activations(case, with_bias):
-    rows = 16 * case.plan.matrix("gate_up", 1).num_tiles
+    matrix = case.plan.matrix("gate_up", 1)
+    rows = 16 * matrix.num_tiles
+    stored = torch.as_tensor(matrix.stored_tiles, dtype=torch.int32, device=case.device)
     pairs = case.normal(ROWS, rows).to(case.half)
     bias = case.normal(rows) if with_bias else None
     found, expected = case.outputs(ROWS, rows // 2)
 
-    case.kernels.activate(pairs, bias, found)
+    case.kernels.activate(pairs, bias, stored, found)
 
-    case.plain.activate(pairs, bias, expected)
+    case.plain.activate(pairs, bias, stored, expected)
     assert_same(found, expected)
 
 

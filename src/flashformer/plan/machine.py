@@ -26,6 +26,11 @@ class Machine:
     rank: int = 0  # which of them this is
 
     @property
+    def deals_gate_up(self) -> bool:
+        """Whether every CTA takes a tile of gate_up of each turn (kernel/stages.cuh)."""
+        return self.kind == "cuda"
+
+    @property
     def max_batch(self) -> int:
         """Most sequences of one step, and as many as it has where nobody chose."""
         return min(MAX_BATCH, self.max_rows)

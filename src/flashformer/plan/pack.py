@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from flashformer.errors import CheckpointError
 from flashformer.model.checkpoint import check_finite
 from flashformer.model.weights import Array, WeightSource
 from flashformer.plan.plan import Matrix, Plan, Vector
+from flashformer.plan.tiles import Tiles
 from flashformer.quant.compact import arrange_compact, restore_compact
 from flashformer.quant.decode import decode
 from flashformer.quant.encode import Encoded, Float32, encode, widen
@@ -84,7 +86,7 @@ class _Span(NamedTuple):
     role: str
     first: int
     end: int
-    at: int  # where they go in the job's rows; of gate_up always 0
+    at: int  # where they go in the job's rows; of gate_up in those of the role
 
 
 def unpack(plan: Plan, image: Image, matrix: Matrix) -> Float32:
@@ -92,6 +94,7 @@ def unpack(plan: Plan, image: Image, matrix: Matrix) -> Float32:
     tiled = unpack_tiles(plan, image, matrix, 0, matrix.num_tiles)
     if matrix.name == "gate_up":
         halves = tiled.reshape(matrix.num_tiles, 2, TILE_ROWS // 2, matrix.cols)
+        halves = halves[np.argsort(matrix.stored_tiles)]
         gate, up = (halves[:, i].reshape(-1, matrix.cols)[: matrix.rows // 2] for i in (0, 1))
         return np.concatenate([gate, up])
     return tiled[: matrix.rows]
@@ -186,8 +189,12 @@ def _pack_matrix(
 def _spans(matrix: Matrix, tensors: dict[str, Array], first: int, end: int) -> list[_Span]:
     """The source rows of tiles `first` .. `end`."""
     if matrix.name == "gate_up":
-        start, stop = first * TILE_ROWS // 2, end * TILE_ROWS // 2
-        return [_Span(role, start, min(stop, len(t)), 0) for role, t in tensors.items()]
+        half = TILE_ROWS // 2
+        return [
+            _Span(role, start * half, min(stop * half, len(tensor)), at * half)
+            for role, tensor in tensors.items()
+            for at, start, stop in _neighbours(matrix.stored_tiles[first:end])
+        ]
     start, stop, base, spans = first * TILE_ROWS, end * TILE_ROWS, 0, []
     for role, tensor in tensors.items():
         low, high = max(start - base, 0), min(stop - base, len(tensor))
@@ -195,6 +202,13 @@ def _spans(matrix: Matrix, tensors: dict[str, Array], first: int, end: int) -> l
             spans.append(_Span(role, low, high, base + low - start))
         base += len(tensor)
     return spans
+
+
+def _neighbours(tiles: Tiles) -> Iterator[tuple[int, int, int]]:
+    """Runs of tiles that follow each other: place of the first, first, end."""
+    starts = np.flatnonzero(np.diff(tiles, prepend=-2) != 1)
+    for at, stop in pairwise([*starts.tolist(), len(tiles)]):
+        yield at, int(tiles[at]), int(tiles[stop - 1]) + 1
 
 
 def _stored_rows(
@@ -209,11 +223,11 @@ def _stored_rows(
         return pieces[0]
     same = len({piece.dtype for piece in pieces}) == 1
     rows = np.zeros((num_tiles * TILE_ROWS, cols), pieces[0].dtype if same else np.float32)
-    for part, (span, piece) in enumerate(zip(spans, pieces, strict=True)):
+    parts, half = list(tensors), TILE_ROWS // 2
+    for span, piece in zip(spans, pieces, strict=True):
         if matrix.name == "gate_up":
-            index = np.arange(len(piece))
-            half = TILE_ROWS // 2
-            at = index // half * TILE_ROWS + part * half + index % half
+            index = span.at + np.arange(len(piece))
+            at = index // half * TILE_ROWS + parts.index(span.role) * half + index % half
             rows[at, : matrix.cols] = piece
         else:
             rows[span.at : span.at + len(piece), : matrix.cols] = piece
@@ -269,7 +283,8 @@ def _vector_values(plan: Plan, vector: Vector, weights: WeightSource) -> Float32
         return _padded(np.concatenate(parts), vector.length)
     half = TILE_ROWS // 2
     halves = [_padded(p, vector.length // 2).reshape(-1, half) for p in parts]
-    return np.stack(halves, axis=1).reshape(-1)
+    stored = plan.matrix("gate_up", vector.layer).stored_tiles
+    return np.stack(halves, axis=1)[stored].reshape(-1)
 
 
 def _padded(values: Float32, length: int) -> Float32:

@@ -12,9 +12,10 @@ import numpy as np
 
 from flashformer.model.spec import LayerSpec, ModelSpec
 from flashformer.plan.machine import Machine
+from flashformer.plan.tiles import Tiles, dealt_tiles
 from flashformer.quant.formats import FORMATS, LINE_BYTES, TILE_ROWS, Format, storage_format
 
-PLAN_VERSION = 1  # raise it when the same numbers mean something else
+PLAN_VERSION = 2  # raise it when the same numbers mean something else
 IMAGE_VERSION = 1  # raise it when the same plan packs other bytes
 IMAGE_ALIGNMENT = 4096  # bytes: a matrix starts on a page
 VECTOR_ALIGNMENT = 64  # bytes: a vector starts on a cache line
@@ -55,6 +56,7 @@ class Matrix:
     first_tile: tuple[
         int, ...
     ]  # [num_ctas + 1]: CTA c owns tiles first_tile[c] .. first_tile[c + 1]
+    dealt: bool = False  # the tiles lie in the order of turns (`tiles.dealt_tiles`), not of rows
 
     @property
     def num_tiles(self) -> int:
@@ -62,6 +64,11 @@ class Matrix:
         if self.name == "gate_up":
             return -(-(self.rows // 2) // (TILE_ROWS // 2))
         return -(-self.rows // TILE_ROWS)
+
+    @property
+    def stored_tiles(self) -> Tiles:
+        """Which tile, counted by rows, lies at every place: [num_tiles]."""
+        return dealt_tiles(self.first_tile) if self.dealt else np.arange(self.num_tiles)
 
     @property
     def tile_bytes(self) -> int:
@@ -150,7 +157,9 @@ class Plan:
                 "layout": self.machine.layout,
                 "world": [self.machine.world, self.machine.rank],
                 "matrices": [
-                    (m.name, m.layer, m.rows, m.cols, m.format, m.offset) for m in self.matrices
+                    (m.name, m.layer, m.rows, m.cols, m.format, m.offset)
+                    + ((m.first_tile,) if m.dealt else ())
+                    for m in self.matrices
                 ],
                 "vectors": [asdict(v) for v in self.vectors],
                 "frequencies": [np.asarray(f, dtype="<f4").tobytes().hex() for f in frequencies],

@@ -159,7 +159,8 @@ def _place(shape: _Shape, machine: Machine, offset: int) -> Matrix:
     # Where few CTAs have a tile of the hidden state, o_proj's are not also down's.
     shifted = shape.name == "down" and matrix.num_tiles < machine.num_ctas
     split = split_tiles(matrix.num_tiles, machine.num_ctas, shifted=shifted)
-    return replace(matrix, first_tile=split)
+    dealt = shape.name == "gate_up" and machine.deals_gate_up
+    return replace(matrix, first_tile=split, dealt=dealt)
 
 
 def _align(offset: int, alignment: int) -> int:

@@ -111,7 +111,9 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
         num_chunks=num_chunks,
         chunk_runs=chunk_runs,
         window_chunks=window if windowed else early or num_chunks,
-        group=window_tiles(plan.machine.arch) if windowed or early else 1,
+        group=min(window_tiles(plan.machine.arch), -(-matrix.num_tiles // plan.machine.num_ctas))
+        if windowed or early
+        else 1,
         scale_bytes=0 if weight_format.floating else 4,
         whole=not windowed,
     )
@@ -125,17 +127,6 @@ def _early_chunks(plan: Plan, matrix: Matrix, num_chunks: int, chunk_cols: int) 
     turns = -(-plan.matrix("gate_up", matrix.layer).num_tiles // ctas)
     early = (turns - 1) * ctas * (TILE_ROWS // 2) // chunk_cols // 2 * 2
     return early if 2 * early >= num_chunks else 0
-
-
-def tiles_of(plan: Plan, matrix: Matrix, cta: int) -> list[int]:
-    """A CTA's tiles in its order (`Stage::tile`): neighbours, or of gate_up one of every turn."""
-    first, end = matrix.first_tile[cta : cta + 2]
-    if matrix.name != "gate_up":
-        return list(range(first, end))
-    ctas = plan.machine.num_ctas
-    full = matrix.num_tiles // ctas
-    last = full * (ctas - cta) + first
-    return [turn * ctas + cta if turn < full else last for turn in range(end - first)]
 
 
 class Ring(NamedTuple):

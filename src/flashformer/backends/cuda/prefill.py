@@ -66,6 +66,7 @@ class _Layer:
     record: LayerSpec
     matrices: dict[str, Operand]
     vectors: dict[str, torch.Tensor]
+    stored: torch.Tensor  # `Matrix.stored_tiles` of gate_up
 
 
 class Prefill:
@@ -105,6 +106,9 @@ class Prefill:
                 record,
                 {name: operand for (name, at), operand in operands.items() if at == index},
                 {v.name: vectors[v.name, index] for v in plan.vectors if v.layer == index},
+                torch.as_tensor(plan.matrix("gate_up", index).stored_tiles, dtype=torch.int32).to(
+                    image.device
+                ),
             )
             for index, record in enumerate(plan.spec.layers)
         ]
@@ -266,7 +270,7 @@ class Prefill:
         pairs = self._project(x, gate_up, self._dtype(gate_up))
         size = (len(x), gate_up.num_rows // 2)
         activated = torch.empty(size, dtype=self._dtype(down), device=x.device)
-        self._ops.activate(pairs, layer.vectors.get("gate_up_bias"), activated)
+        self._ops.activate(pairs, layer.vectors.get("gate_up_bias"), layer.stored, activated)
         return self._project(activated[:, : down.cols], down, torch.float32)
 
     def _add_norm(

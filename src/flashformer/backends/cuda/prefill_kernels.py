@@ -51,11 +51,18 @@ class KernelOps(PrefillOps):
         arguments = (qkv, vectors.get("qkv_bias"), *norms, *(rotation or (None, None)), *heads)
         self._launch("split_heads", -(-warps // WARPS), *arguments, len(qkv))
 
-    def activate(self, pairs: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def activate(
+        self,
+        pairs: torch.Tensor,
+        bias: torch.Tensor | None,
+        stored: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
         """See `PrefillOps`; one thread a tile of a row."""
         tiles = pairs.shape[1] // TILE_ROWS
         count = len(pairs) * tiles
-        self._launch("activate", -(-count // THREADS), pairs, bias, out, count, tiles, _is_f16(out))
+        arguments = (pairs, bias, stored, out, count, tiles, _is_f16(out))
+        self._launch("activate", -(-count // THREADS), *arguments)
 
     def blend(self, out: torch.Tensor, other: torch.Tensor, share: torch.Tensor) -> None:
         """See `PrefillOps`, for queries' heads; one thread eight channels."""

@@ -57,8 +57,17 @@ class PrefillOps(Protocol):
         """
         ...
 
-    def activate(self, pairs: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """silu(gate) x up: `pairs` [rows, 16 tiles] in the tiles' order -> [rows, 8 tiles]."""
+    def activate(
+        self,
+        pairs: torch.Tensor,
+        bias: torch.Tensor | None,
+        stored: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """silu(gate) x up: `pairs` [rows, 16 tiles] as they are stored -> [rows, 8 tiles] by rows.
+
+        `stored`: `Matrix.stored_tiles` of gate_up, int32 [tiles].
+        """
         ...
 
     def blend(self, out: torch.Tensor, other: torch.Tensor, share: torch.Tensor) -> None:
@@ -111,11 +120,18 @@ class TorchOps(PrefillOps):
             out[..., : self._head_dim] = values
             out[..., self._head_dim :] = 0
 
-    def activate(self, pairs: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def activate(
+        self,
+        pairs: torch.Tensor,
+        bias: torch.Tensor | None,
+        stored: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
         """See `PrefillOps`."""
         both = pairs.float() if bias is None else pairs + bias
         gate, up = both.view(len(pairs), -1, 2, TILE_ROWS // 2).unbind(2)
-        out.copy_((functional.silu(gate) * up).flatten(1))
+        by_tiles = (functional.silu(gate) * up).to(out.dtype)
+        out.view(by_tiles.shape)[:, stored.long()] = by_tiles
 
     def blend(self, out: torch.Tensor, other: torch.Tensor, share: torch.Tensor) -> None:
         """See `PrefillOps`."""

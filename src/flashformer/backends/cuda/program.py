@@ -15,7 +15,6 @@ from flashformer.backends.cuda.geometry import (
     merges_of,
     page_bytes,
     stage_shape,
-    tiles_of,
     units_of,
 )
 from flashformer.codegen.cuda_header import MATRICES, slot_bytes
@@ -300,8 +299,7 @@ class _Builder:
         if at.stage == "qkv":
             return [Write(at, "qkv", use, tiles(TILE_ROWS // SINGLES))]
         if at.stage == "gate_up":
-            matrix = self._matrix(at.stage, at.layer)
-            own = tiles_of(self.plan, matrix, cta)
+            own = self._matrix(at.stage, at.layer).stored_tiles[first:end].tolist()
             return [Write(at, "mlp", use, Rect(0, self.rows, t, t + 1)) for t in own]
         if at.stage == "lm_head":
             return [Write(at, "best", use, Rect(0, self.rows, cta, cta + 1))]

@@ -181,9 +181,10 @@ struct Finisher {
   }
 
   // A tile holds 8 rows of gate, then the 8 rows of up of the same index.
-  __device__ __forceinline__ void gate_up_output(int layer, int tile, int token, float value) const {
+  // stored: its place in the image, where the biases are in the same order.
+  __device__ __forceinline__ void gate_up_output(int layer, int tile, int stored, int token, float value) const {
     const int row = cta.lane % tile_rows;
-    if constexpr (config::mlp_bias) value += vector_at(cta, layer_table[layer].gate_up_bias)[tile * tile_rows + row];
+    if constexpr (config::mlp_bias) value += vector_at(cta, layer_table[layer].gate_up_bias)[stored * tile_rows + row];
     const float up = __shfl_down_sync(~0u, value, 8);
     const int col = tile * 8 + row;
     const float act = col < config::intermediate_size ? __fdividef(value, 1.f + __expf(-value)) * up : 0.f;
@@ -234,7 +235,7 @@ struct Finisher {
         if constexpr (kind == Kind::qkv) {
           qkv_output(layer, tile, token, value);
         } else if constexpr (kind == Kind::gate_up) {
-          gate_up_output(layer, tile, token, value);
+          gate_up_output(layer, tile, S::begin(cta.idx) + own, token, value);
         } else if constexpr (kind == Kind::lm_head) {
           best.take(cta, tile, token, i, value);
         } else {

@@ -12,7 +12,7 @@ __device__ __forceinline__ void stream_tiles(Sink& sink, int layer) {
   const u8* matrix = sink.cta.args.image + S::offset(layer);
   const int cta_idx = sink.cta.idx;
   for_each_pass<S>(S::count(cta_idx), [&](int i, int first, int end) {
-    const u8* source = matrix + static_cast<u64>(S::tile(cta_idx, i)) * S::tile_bytes;
+    const u8* source = matrix + static_cast<u64>(S::begin(cta_idx) + i) * S::tile_bytes;
 #pragma unroll 1
     for (int chunk = first; chunk < end; ++chunk) sink.fill(source + chunk * S::chunk_bytes, S::bytes_of(chunk));
   });
@@ -120,7 +120,7 @@ __device__ __forceinline__ void matvec_in_two(const Cta& cta, RingReader& ring, 
 #pragma unroll 1
   for (int group = 0; group < num_tiles; group += S::group) {
     Sums<F> sums[S::group];
-#pragma unroll
+#pragma unroll 1
     for (int window = 0; window < 2; ++window) {
       // Or a warp might wait for the fill after next (tests/test_cuda_ring.py).
       if (S::num_chunks % 2 == 1 && group > 0) cta.consumer_sync();

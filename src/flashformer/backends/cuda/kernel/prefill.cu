@@ -135,13 +135,15 @@ extern "C" __global__ void __launch_bounds__(prefill_threads)
 }
 
 // silu(gate) * up, one thread a tile of a row: pairs [count][8 of gate, 8 of up] -> out [count][8]; count = rows x tiles.
+// stored [tiles]: the place in `out` of each tile of a row of `pairs`.
 extern "C" __global__ void __launch_bounds__(prefill_threads)
-    activate(const Vec16* pairs, const float* bias, Vec16* out, u32 count, int tiles, int is_f16) {
+    activate(const Vec16* pairs, const float* bias, const int* stored, Vec16* out, u32 count, int tiles, int is_f16) {
   const u32 at = blockIdx.x * prefill_threads + threadIdx.x;
   if (at >= count) return;
   const Vec16 gates = pairs[2ull * at];
   const Vec16 ups = pairs[2ull * at + 1];
-  const float* b = bias ? bias + at % tiles * tile_rows : nullptr;
+  const u32 tile = at % tiles;
+  const float* b = bias ? bias + tile * tile_rows : nullptr;
   Vec16 result;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -158,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(prefill_threads)
     }
     result.w[i] = word;
   }
-  out[at] = result;
+  out[at - tile + stored[tile]] = result;
 }
 
 // out += share * (other - out), one thread eight channels: out, other [rows][q heads][head_dim padded], share [q heads][rows].

@@ -88,7 +88,8 @@ struct Stage {
   // By how many chunks the warps move on from tile to tile: of a window of one chunk the next tile is the others'.
   static constexpr int turn = !windowed && !in_two ? num_chunks : window_chunks == 1 ? 1 : 0;
   static constexpr int num_windows = ceil_div(num_chunks, window_chunks);
-  static constexpr int group = windowed || in_two ? config::window_tiles : 1;  // tiles that share a pass over the windows
+  // Tiles that share a pass over the windows.
+  static constexpr int group = windowed || in_two ? least(config::window_tiles, ceil_div(tiles, config::num_ctas)) : 1;
   static constexpr int early_packets = in_two ? early_chunks * chunk_runs * F::run_cols / 8 : X::packets;
 
   // A CTA's tiles are end - begin, as even as whole tiles allow (plan/tiles.py).
@@ -99,7 +100,8 @@ struct Stage {
   static constexpr __device__ __forceinline__ int end(int cta_idx) { return begin(cta_idx + 1); }
   static constexpr __device__ __forceinline__ int count(int cta_idx) { return end(cta_idx) - begin(cta_idx); }
 
-  // The CTA's i-th tile: they are neighbours, but for those of gate_up, where every CTA gets one of each turn.
+  // The CTA's i-th tile, by rows: they are neighbours, but for those of gate_up, where every CTA has one of each turn. In the
+  // image they are neighbours, too (dealt_tiles of plan/tiles.py).
   static constexpr __device__ __forceinline__ int tile(int cta_idx, int i) {
     constexpr int full_turns = tiles / config::num_ctas;
     if (kind != Kind::gate_up) return begin(cta_idx) + i;
