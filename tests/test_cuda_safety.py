@@ -27,7 +27,7 @@ def open_backend(instruments=None):
     """A small model of wide layers: many CTAs, an odd size, a window in one layer."""
     from flashformer.backends.cuda import CudaBackend, cuda_machine
 
-    fields = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 1100}
+    fields = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 4501}
     layers = tuple(layer_spec(**fields, attention_scale=0.125, window=window) for window in (0, 40))
     spec = model_spec(
         layers,

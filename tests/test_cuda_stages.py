@@ -37,6 +37,9 @@ SHAPES = {
     "head 128, QK-norm, groups of 7": (
         attention(14, 2, 128, qk_norm=True), 899, 2739, 1501, "bf16",
     ),
+    "down in two parts, biases": (
+        attention(6, 2, 80, qkv_bias=True, o_bias=True, mlp_bias=True), 333, 4501, 517, "bf16",
+    ),
     "head 256, groups of 16": (attention(16, 1, 256), 257, 600, 300, "bf16"),
     "head 24, odd everything": (attention(3, 3, 24), 77, 91, 101, "bf16"),
     "fp16, head 64, window": (attention(9, 3, 64, window=70), 577, 999, 1009, "f16"),

@@ -14,9 +14,20 @@ from flashformer.plan.check import check
 from flashformer.plan.plan import PlanOptions, make_plan
 from flashformer.plan.planner import longest_context
 from flashformer.plan.show import show
-from flashformer.plan.tiles import split_tiles
+from flashformer.plan.tiles import late_tiles, split_tiles, stored_tiles
 from flashformer.quant.formats import CHOICES
 from specs import layer_spec, machine, model_spec, model_specs, packings, plan_of
+
+
+@given(num_tiles=st.integers(0, 5000), num_ctas=st.integers(1, 300))
+def test_every_cta_stores_its_last_tiles_from_the_end_of_the_matrix(num_tiles, num_ctas):
+    first, late = split_tiles(num_tiles, num_ctas), late_tiles(num_tiles, num_ctas)
+    stored = stored_tiles(first, late)
+    assert sorted(stored.tolist()) == list(range(num_tiles))
+    shares = [stored[a:b].tolist() for a, b in itertools.pairwise(first)]
+    early = [tile for share in shares for tile in share[: len(share) - late]]
+    assert early == list(range(num_tiles - late * num_ctas if late else num_tiles))
+    assert all(share == sorted(share) for share in shares)
 
 
 @given(num_tiles=st.integers(0, 5000), num_ctas=st.integers(1, 300))

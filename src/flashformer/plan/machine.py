@@ -26,8 +26,8 @@ class Machine:
     rank: int = 0  # which of them this is
 
     @property
-    def deals_gate_up(self) -> bool:
-        """Whether every CTA takes a tile of gate_up of each turn (kernel/stages.cuh)."""
+    def begins_down_early(self) -> bool:
+        """Whether down begins before all of gate_up has arrived (`in_two` of kernel/stages.cuh)."""
         return self.kind == "cuda"
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 
 from flashformer.model.spec import LayerSpec, ModelSpec
 from flashformer.plan.machine import Machine
-from flashformer.plan.tiles import Tiles, dealt_tiles
+from flashformer.plan.tiles import Tiles, stored_tiles
 from flashformer.quant.formats import FORMATS, LINE_BYTES, TILE_ROWS, Format, storage_format
 
 PLAN_VERSION = 2  # raise it when the same numbers mean something else
@@ -56,7 +56,7 @@ class Matrix:
     first_tile: tuple[
         int, ...
     ]  # [num_ctas + 1]: CTA c owns tiles first_tile[c] .. first_tile[c + 1]
-    dealt: bool = False  # the tiles lie in the order of turns (`tiles.dealt_tiles`), not of rows
+    late: int = 0  # of a CTA's tiles, those that come from the matrix's end (`tiles.stored_tiles`)
 
     @property
     def num_tiles(self) -> int:
@@ -68,7 +68,7 @@ class Matrix:
     @property
     def stored_tiles(self) -> Tiles:
         """Which tile, counted by rows, lies at every place: [num_tiles]."""
-        return dealt_tiles(self.first_tile) if self.dealt else np.arange(self.num_tiles)
+        return stored_tiles(self.first_tile, self.late)
 
     @property
     def tile_bytes(self) -> int:
@@ -158,7 +158,7 @@ class Plan:
                 "world": [self.machine.world, self.machine.rank],
                 "matrices": [
                     (m.name, m.layer, m.rows, m.cols, m.format, m.offset)
-                    + ((m.first_tile,) if m.dealt else ())
+                    + ((m.late, m.first_tile) if m.late else ())
                     for m in self.matrices
                 ],
                 "vectors": [asdict(v) for v in self.vectors],

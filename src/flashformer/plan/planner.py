@@ -15,7 +15,7 @@ from flashformer.plan.plan import (
     matrix_format,
 )
 from flashformer.plan.stages import model_stages
-from flashformer.plan.tiles import split_tiles
+from flashformer.plan.tiles import late_tiles, split_tiles
 from flashformer.quant.formats import CHOICES, FORMATS, TILE_ROWS
 from flashformer.quant.layout import check_layout
 
@@ -159,8 +159,9 @@ def _place(shape: _Shape, machine: Machine, offset: int) -> Matrix:
     # Where few CTAs have a tile of the hidden state, o_proj's are not also down's.
     shifted = shape.name == "down" and matrix.num_tiles < machine.num_ctas
     split = split_tiles(matrix.num_tiles, machine.num_ctas, shifted=shifted)
-    dealt = shape.name == "gate_up" and machine.deals_gate_up
-    return replace(matrix, first_tile=split, dealt=dealt)
+    early = shape.name == "gate_up" and machine.begins_down_early
+    late = late_tiles(matrix.num_tiles, machine.num_ctas) if early else 0
+    return replace(matrix, first_tile=split, late=late)
 
 
 def _align(offset: int, alignment: int) -> int:

@@ -17,17 +17,25 @@ def split_tiles(num_tiles: int, num_ctas: int, *, shifted: bool = False) -> tupl
     return tuple((cta * num_tiles + shift) // num_ctas for cta in range(num_ctas + 1))
 
 
-def dealt_tiles(first_tile: tuple[int, ...]) -> Tiles:
-    """Which tile, by rows, lies at every place of the image if they are dealt out in turns.
+def late_tiles(num_tiles: int, num_ctas: int) -> int:
+    """How many of its tiles a CTA takes from the matrix's end, and last; 0 where it has too few.
 
-    Every CTA has neighbouring places (`first_tile`), and of every turn the tile whose number in it
-    is the CTA's; of an incomplete last turn those CTAs that have a place more.
+    Two, so that no sector of 32 bytes of what gate_up sends belongs to two CTAs.
+    """
+    return 2 if num_tiles // num_ctas >= 4 else 0
+
+
+def stored_tiles(first_tile: tuple[int, ...], late: int) -> Tiles:
+    """Which tile, by rows, lies at every place of the image.
+
+    Every CTA has neighbouring places (`first_tile`). Its last `late` ones hold its share of the
+    matrix's last tiles, all others its share of the tiles before.
     """
     first = np.array(first_tile)
     counts = np.diff(first)
     owner = np.repeat(np.arange(len(counts)), counts)
-    turn = np.arange(first[-1]) - first[owner]
-    full = first[-1] // len(counts)
-    last = full * len(counts) + (first[owner] - full * owner)
-    tiles: Tiles = np.where(turn < full, turn * len(counts) + owner, last)
+    place = np.arange(first[-1])
+    from_end = place - first[owner + 1]  # -1: the owner's last
+    last = first[-1] - late * (len(counts) - 1 - owner) + from_end
+    tiles: Tiles = np.where(from_end < -late, place - late * owner, last)
     return tiles

@@ -120,13 +120,13 @@ def stage_shape(plan: Plan, matrix: Matrix, rows: int) -> StageShape:
 
 
 def _early_chunks(plan: Plan, matrix: Matrix, num_chunks: int, chunk_cols: int) -> int:
-    """Chunks of down's tiles whose columns come before gate_up's last turn; 0: no split."""
+    """Chunks of down's tiles whose columns are not of gate_up's late tiles; 0: no split."""
     if matrix.name != "down":
         return 0
-    ctas = plan.machine.num_ctas
-    turns = -(-plan.matrix("gate_up", matrix.layer).num_tiles // ctas)
-    early = (turns - 1) * ctas * (TILE_ROWS // 2) // chunk_cols // 2 * 2
-    return early if 2 * early >= num_chunks else 0
+    gate_up = plan.matrix("gate_up", matrix.layer)
+    early_tiles = gate_up.num_tiles - gate_up.late * plan.machine.num_ctas
+    early = early_tiles * (TILE_ROWS // 2) // chunk_cols // 2 * 2
+    return early if gate_up.late and 2 * early >= num_chunks else 0
 
 
 class Ring(NamedTuple):

@@ -20,6 +20,10 @@ __device__ __forceinline__ Moment moment_of(Moment of_qkv, Kind kind) {
 constexpr int warps_a_slot = 4;  // that share its runs; the others work on the slots before and after
 constexpr int slots_at_once = num_consumer_warps / warps_a_slot;
 
+// Of a CTA's tiles of gate_up those that come from the matrix's end, and last (plan/tiles.py).
+constexpr int gate_up_tiles = ceil_div(config::intermediate_size, tile_rows / 2);
+constexpr int late_tiles = gate_up_tiles / config::num_ctas >= 4 ? 2 : 0;
+
 // Activations too wide for shared memory come in windows, two at a time: one is read while one is filled.
 __device__ constexpr bool fits_shared(int rows, u32 row_bytes) { return rows * row_bytes <= 2 * config::window_bytes; }
 
@@ -39,7 +43,7 @@ struct Stage {
                               : kind == Kind::down ? config::intermediate_size
                                                    : config::hidden_size;
   static constexpr int tiles = kind == Kind::qkv       ? ceil_div(config::qkv_rows, tile_rows)
-                               : kind == Kind::gate_up ? ceil_div(config::intermediate_size, tile_rows / 2)
+                               : kind == Kind::gate_up ? gate_up_tiles
                                : kind == Kind::lm_head ? ceil_div(config::vocab_size, tile_rows)
                                                        : hidden_tiles;
   static constexpr bool normed = kind == Kind::qkv || kind == Kind::gate_up || kind == Kind::lm_head;
@@ -73,12 +77,12 @@ struct Stage {
       slots_at_once / chunks_at_once < num_part_buffers ? slots_at_once / chunks_at_once : num_part_buffers;
 
   static constexpr bool windowed = may_be_wide && !fits_shared(max_rows, X::data_bytes);
-  // gate_up deals its tiles out in turns, so all but the last turn's columns of down's input have arrived by the time that a
-  // CTA is done with gate_up. Down multiplies them first, and the others when they are there, too.
-  static constexpr int last_turn = (ceil_div(ceil_div(config::intermediate_size, tile_rows / 2), config::num_ctas) - 1) *
-                                   config::num_ctas * (tile_rows / 2);  // its first column
-  static constexpr int early_chunks = last_turn / (chunk_runs * F::run_cols) / 2 * 2;
-  static constexpr bool in_two = kind == Kind::down && !windowed && early_chunks > 0 && 2 * early_chunks >= num_chunks;
+  // What all CTAs' last tiles of gate_up send are the last columns of down's input; all others have arrived by the time that
+  // a CTA is done with gate_up. Down multiplies them first, and the last when they are there, too.
+  static constexpr int early_cols = (gate_up_tiles - late_tiles * config::num_ctas) * (tile_rows / 2);
+  static constexpr int early_chunks = early_cols / (chunk_runs * F::run_cols) / 2 * 2;
+  static constexpr bool in_two =
+      kind == Kind::down && !windowed && late_tiles > 0 && early_chunks > 0 && 2 * early_chunks >= num_chunks;
   static constexpr int fitting_chunks = config::window_bytes / max_rows / (chunk_runs * F::run_cols * 2);
   // Even, if there are several: so every warp keeps to every other fill from one tile of the group to the next, and never
   // waits for one that is further ahead than most_in_flight (geometry.py) allows.
@@ -100,12 +104,12 @@ struct Stage {
   static constexpr __device__ __forceinline__ int end(int cta_idx) { return begin(cta_idx + 1); }
   static constexpr __device__ __forceinline__ int count(int cta_idx) { return end(cta_idx) - begin(cta_idx); }
 
-  // The CTA's i-th tile, by rows: they are neighbours, but for those of gate_up, where every CTA has one of each turn. In the
-  // image they are neighbours, too (dealt_tiles of plan/tiles.py).
+  // The CTA's i-th tile, by rows. In the image they are neighbours (`stored_tiles` of plan/tiles.py).
   static constexpr __device__ __forceinline__ int tile(int cta_idx, int i) {
-    constexpr int full_turns = tiles / config::num_ctas;
-    if (kind != Kind::gate_up) return begin(cta_idx) + i;
-    return i < full_turns ? i * config::num_ctas + cta_idx : full_turns * (config::num_ctas - cta_idx) + begin(cta_idx);
+    constexpr int late = kind == Kind::gate_up ? late_tiles : 0;
+    const int place = begin(cta_idx) + i;
+    const int from_end = place - end(cta_idx);  // -1: the last
+    return from_end < -late ? place - late * cta_idx : tiles - late * (config::num_ctas - 1 - cta_idx) + from_end;
   }
 
   static __device__ __forceinline__ u64 offset(int layer) {
