@@ -24,7 +24,7 @@ def test_every_cta_stores_its_last_tiles_from_the_end_of_the_matrix(num_tiles, n
     first, late = split_tiles(num_tiles, num_ctas), late_tiles(num_tiles, num_ctas)
     stored = stored_tiles(first, late)
     assert sorted(stored.tolist()) == list(range(num_tiles))
-    shares = [stored[a:b].tolist() for a, b in itertools.pairwise(first)]
+    shares = [stored[a:b].tolist() for a, b in pairwise(first)]
     early = [tile for share in shares for tile in share[: len(share) - late]]
     assert early == list(range(num_tiles - late * num_ctas if late else num_tiles))
     assert all(share == sorted(share) for share in shares)
