@@ -64,6 +64,7 @@ class StageOracle:
         self.u = ROUNDING["f16" if f16 else "bf16"]
         self.stored_as = np.float16 if f16 else ml_dtypes.bfloat16
         self.scale = F16_EXCHANGE_SCALE if f16 else 1.0
+        self.unpacked = {}
 
     def vector(self, name, layer=-1):
         return read_vector(self.image, self.plan.vector(name, layer)).astype(np.float64)
@@ -75,10 +76,18 @@ class StageOracle:
     def product(self, name, layer, x):
         """W x without bias, and the bound of its sums: [rows, 16 x tiles] each."""
         matrix = self.plan.matrix(name, layer)
-        w = unpack_tiles(self.plan, self.image, matrix, 0, matrix.num_tiles).astype(np.float64)
         if not matrix.weight_format.floating:
             x = integers(x)
-        return x @ w.T, depth(matrix.cols) * FLOAT * (np.abs(x) @ np.abs(w).T)
+        w, sizes = self.weights(matrix)
+        return x @ w.T, depth(matrix.cols) * FLOAT * (np.abs(x) @ sizes.T)
+
+    def weights(self, matrix):
+        """A matrix and its magnitudes: float64 [16 x tiles, cols], unpacked once."""
+        key = matrix.name, matrix.layer
+        if key not in self.unpacked:
+            w = unpack_tiles(self.plan, self.image, matrix, 0, matrix.num_tiles).astype(np.float64)
+            self.unpacked[key] = w, np.abs(w)
+        return self.unpacked[key]
 
     def normed(self, name, layer, x, rstd):
         """A matrix behind a norm: the factor 1 / rms is applied to the sums."""

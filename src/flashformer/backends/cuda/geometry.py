@@ -21,6 +21,8 @@ from flashformer.quant.formats import FORMATS, TILE_ROWS, Format
 SLOTS_AT_ONCE = 2  # that the consumers multiply
 IN_FLIGHT_BYTES = 65536  # on their way to a CTA
 NARROW_IN_FLIGHT_BYTES = 49152
+LARGE_IN_FLIGHT_BYTES = 98304
+LARGE_LAYER_BYTES = 2 << 20  # of a CTA
 INTEGER_RUN_COLS = 128
 FP8_RUN_COLS = 32
 MIN_CHUNK_TOKENS = 256  # shorter chunks of the past cost more to merge than they save
@@ -144,10 +146,14 @@ def copies_in_flight(plan: Plan, rows: int, num_slots: int) -> tuple[int, int]:
     For a kernel of up to `rows` rows a step.
 
     More would only lengthen the queues in which hand-offs wait (docs/lab-notes.md). Narrow weights
-    leave the memory less time between two hand-offs, so with them these count for more.
+    leave the memory less time between two hand-offs, so with them these count for more; in large
+    layers for less.
     """
-    narrow = FORMATS[plan.options.format].quantised
-    nbytes = NARROW_IN_FLIGHT_BYTES if narrow else IN_FLIGHT_BYTES
+    layer_bytes = sum(plan.matrix(name, 0).nbytes for name in MATRICES) // plan.machine.num_ctas
+    if FORMATS[plan.options.format].quantised:
+        nbytes = NARROW_IN_FLIGHT_BYTES
+    else:
+        nbytes = LARGE_IN_FLIGHT_BYTES if layer_bytes >= LARGE_LAYER_BYTES else IN_FLIGHT_BYTES
     most = min(
         nbytes // plan.machine.slot_bytes, most_in_flight(num_slots, odd_windows(plan, rows))
     )
