@@ -30,9 +30,10 @@ __device__ __forceinline__ u32 visible_pair(int position, int lo, int hi) {
   return (first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u);
 }
 
-// Two chains of products for each half of a block's positions hide half of the tensor core's latency, and values that are
-// asked for before the softmax theirs: where registers are left.
-constexpr int score_chains = config::arch >= 90 && max_rows < 4 ? 2 : 1;
+// Two chains of products for each half of a block's positions hide half of the tensor core's latency. As many for any number
+// of rows: the order of a sum is part of its bits.
+constexpr int score_chains = config::arch >= 90 ? 2 : 1;
+// Values that are asked for before the softmax, where registers are left.
 constexpr int early_values = config::arch >= 90 && max_rows == 1 ? least(dim_blocks, 4) : 0;
 
 // A warp's running attention over blocks of 16 positions. Lane: query head lane / 4 (and + 8), positions by lane % 4.
