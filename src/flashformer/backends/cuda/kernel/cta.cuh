@@ -56,6 +56,7 @@ struct Shared {
   u32 flag;     // broadcast within the consumers
   u32 stop;     // CTA 0: the host wants the launch to end
   u32 last;     // the launch ends with this token
+  u32 leaves;   // the consumers leave the layers
   u32 barrier_phase;  // of the grid barrier; thread 0's
   u32 search_rounds;  // of all rows' filters in this launch
   u32 aborted;  // not 0: nobody waits any more; kind << 8 | warp of the wait that timed out, or `ends_early`

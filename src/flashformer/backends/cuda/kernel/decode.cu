@@ -8,8 +8,8 @@
 #include "sample.cuh"
 
 // The host's word that the launch shall end, though the token is not complete: CTA 0 asks for it and tells the others by the
-// launch's number. All ask twice a layer and look at the answer half a layer later, so that nobody waits for it; who waits
-// for a packet asks, too (`Patience`). Whoever knows runs to the token's end without waiting, where it is abandoned.
+// launch's number. All ask three times a layer and look at the answer when they ask again, so that nobody waits for it; who
+// waits for a packet asks, too (`Patience`). Whoever knows leaves the layers and abandons the token at its end.
 struct Abandonment {
   const Cta& cta;
   u32 answer = 0;
@@ -34,6 +34,7 @@ __device__ __forceinline__ void produce(const Cta& cta) {
 #pragma unroll 1
     for (int layer = 0; layer < config::num_layers; ++layer) {
       if (cta.aborted()) return ring.drain();
+      abandonment.ask();
       stream_tiles<Kind::qkv>(ring, layer);
       if (layer == 0 && step > 0) {  // all keys and values of the step before are in their pages
         cta.wait(shared_address(&cta.shared.kv_ready), (step - 1) & 1, WaitKind::kv_ready);
@@ -71,6 +72,7 @@ struct Consumer {
   Exchange exchange;
   Parts parts;
   u32 tag = 0;  // of this layer's packets
+  bool left = false;  // the layers: the token is abandoned
 
   __device__ explicit Consumer(Cta& c) : cta(c), ring(c), exchange(c.args) {}
 
@@ -115,7 +117,14 @@ struct Consumer {
   __device__ __forceinline__ bool run_layer(int layer, int step) {
     const int first = kinds_a_layer * layer;
     if (!begin_stage(first)) return false;
+    volatile u32& leaves = cta.shared.leaves;
+    if (cta.thread == 0) leaves = cta.aborted();
     multiply<Kind::qkv>(layer, exchange.hidden_attention, tag ^ 1);  // packets of the layer before
+    if (!is_embedded<Kind::qkv>(layer) && leaves != 0) {  // all warps met when they loaded their input, so all know it
+      left = true;
+      ring.lose();
+      return true;
+    }
     if (!begin_stage(first + 1)) return false;
     attention(cta, ring, exchange, layer, step, tag);
     cta.trace(Moment::attention, layer);
@@ -140,7 +149,7 @@ struct Consumer {
       cta.trace(Moment::embed);
       cta.worker_sync();  // the finisher may use the residual
 #pragma unroll 1
-      for (int layer = 0; layer < config::num_layers; ++layer) {
+      for (int layer = 0; layer < config::num_layers && !left; ++layer) {
         if (!run_layer(layer, step)) return;
       }
       if (!begin_stage(kinds_a_layer * config::num_layers)) return;

@@ -95,9 +95,10 @@ struct RingReader {
   // A wait has ended without its slot, so there is nothing to wait for any more. A third parity says so, for registers
   // are short; it stays beyond 1 as the position advances.
   __device__ __forceinline__ bool is_lost() const { return next.parity > 1; }
+  __device__ __forceinline__ void lose() { next.parity = 2; }
 
   __device__ __forceinline__ const u8* wait() {
-    if (!is_lost() && !cta.wait(shared_address(&cta.shared.full[next.slot]), next.parity, WaitKind::slot_full)) next.parity = 2;
+    if (!is_lost() && !cta.wait(shared_address(&cta.shared.full[next.slot]), next.parity, WaitKind::slot_full)) lose();
     return cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
   }
 
@@ -124,6 +125,7 @@ __device__ __forceinline__ void ring_init(const Cta& cta) {
     for (u64& free : cta.shared.part_free) mbarrier_init(shared_address(&free), arriving_lanes);
     cta.shared.aborted = 0;
     cta.shared.last = 0;
+    cta.shared.leaves = 0;
     cta.shared.search_rounds = 0;
     cta.shared.matrix = 0;
     for (int track = 0; track < 2; ++track) {
