@@ -3,10 +3,15 @@
 The kernel is stopped after each matrix in turn and its exchange is read (`stop_after`).
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from flashformer.backends.base import StepBatch
+from flashformer.backends.cuda.compile import compile_kernel
+from flashformer.backends.cuda.machine import row_classes
 from flashformer.model.spec import RopeSpec
 from flashformer.plan.plan import PlanOptions, make_plan
 from specs import SpecWeights, layer_spec, model_spec, packed
@@ -57,20 +62,35 @@ SHAPES = {
 }  # fmt: skip
 
 
+def plan_of(name):
+    from flashformer.backends.cuda import cuda_machine
+
+    (layer, rope), hidden, inner, vocab, weight_format = SHAPES[name]
+    layers = tuple(layer_spec(**layer, intermediate_size=inner) for _ in range(2))
+    spec = model_spec(layers, hidden_size=hidden, vocab_size=vocab, ropes=(rope,),
+                      max_position_embeddings=CONTEXT)  # fmt: skip
+    formats = (weight_format.split() * 2)[:2]
+    return make_plan(spec, cuda_machine(spec), PlanOptions(*formats, CONTEXT, SLOTS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(request):
+    """The kernels of all tests to come, side by side: compiling takes longer than running."""
+    tests = [item for item in request.session.items if item.module is request.module]
+    plans = [plan_of(test.callspec.params["name"]) for test in tests]
+    jobs = [(plan, rows) for plan in plans for rows in row_classes(plan.machine)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: compile_kernel(job[0], rows=job[1], apart=True), jobs))
+
+
 class Watched:
     """A backend, and the oracle that looks at every stage of every step."""
 
     def __init__(self, name):
-        from flashformer.backends.cuda import CudaBackend, cuda_machine
+        from flashformer.backends.cuda import CudaBackend
 
-        (layer, rope), hidden, inner, vocab, weight_format = SHAPES[name]
-        layers = tuple(layer_spec(**layer, intermediate_size=inner) for _ in range(2))
-        spec = model_spec(layers, hidden_size=hidden, vocab_size=vocab, ropes=(rope,),
-                          max_position_embeddings=CONTEXT)  # fmt: skip
-        formats = (weight_format.split() * 2)[:2]
-        options = PlanOptions(*formats, CONTEXT, SLOTS)
-        plan = make_plan(spec, cuda_machine(spec), options)
-        image = packed(plan, SpecWeights(spec, seed=7))
+        plan = plan_of(name)
+        image = packed(plan, SpecWeights(plan.spec, seed=7))
         pages = -(-CONTEXT // plan.machine.page_tokens)
         self.table = np.arange(SLOTS * pages, dtype=np.int32)[::-1].reshape(SLOTS, pages)
         self.backend = CudaBackend(plan, image, SLOTS * pages)
