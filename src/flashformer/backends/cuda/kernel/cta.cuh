@@ -81,13 +81,13 @@ struct Patience {
     if (++polls != 1 && polls % 8 != 0) return false;
     volatile u32* aborted = &shared.aborted;
     if (*aborted > (kind == WaitKind::grid_barrier ? ends_early : 0)) return true;
-    if (polls % 64 != 0) return false;
+    if (polls % 16 != 0) return false;
     // Others may have left off with a token already: their packets have overtaken this wait.
     if (kind != WaitKind::grid_barrier && ld_relaxed_gpu(args.abandon) == args.epoch) {
       atomicCAS(&shared.aborted, 0u, ends_early);
       return true;
     }
-    if (!over(args)) return false;
+    if (polls % 64 != 0 || !over(args)) return false;
     time_out(shared, kind);
     return true;
   }
