@@ -213,6 +213,7 @@ MUTATIONS = {
     "a split runs backwards": lambda p: _with_matrix(
         p, "down", 1, first_tile=(0, FIRST[-1], 0, FIRST[-1])
     ),
+    "a CTA has more late tiles than tiles": lambda p: _with_matrix(p, "down", 1, late=9),
     "a split is unbalanced": lambda p: _with_matrix(p, "down", 1, first_tile=(0, 0, 0, FIRST[-1])),
     "a split has a CTA too many": lambda p: _with_matrix(
         p, "down", 1, first_tile=(*FIRST, FIRST[-1])

@@ -137,6 +137,10 @@ def _check_split(plan: Plan, matrix: Matrix) -> None:
         max(shares) - min(shares) <= 1,
         f"the split of {label} gives one CTA {max(shares)} tiles and another {min(shares)}",
     )
+    _require(
+        0 <= matrix.late <= min(shares),
+        f"{label} gives every CTA {matrix.late} tiles from its end; one has {min(shares)} in all",
+    )
 
 
 def _expected_vectors(plan: Plan) -> list[tuple[str, int, int]]:
