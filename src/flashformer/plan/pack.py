@@ -172,10 +172,11 @@ def _pack_matrix(
 ) -> Iterator[int]:
     """Pack one matrix; yields the number of tiles of every finished job."""
     tensors = {role: weights.tensor(role, matrix.layer) for role in MATRIX_ROLES[matrix.name]}
+    stored = matrix.stored_tiles
 
     def job(first: int) -> int:
         end = min(first + step, matrix.num_tiles)
-        spans = _spans(matrix, tensors, first, end)
+        spans = _spans(matrix, tensors, stored[first:end])
         rows = _stored_rows(matrix, tensors, spans, end - first)
         _pack_tiles(plan, matrix, rows, image, first, end)
         for span in spans:  # a memory-mapped source may drop the pages that were just read
@@ -186,16 +187,17 @@ def _pack_matrix(
     yield from threads.map(job, range(0, matrix.num_tiles, step))
 
 
-def _spans(matrix: Matrix, tensors: dict[str, Array], first: int, end: int) -> list[_Span]:
-    """The source rows of tiles `first` .. `end`."""
+def _spans(matrix: Matrix, tensors: dict[str, Array], tiles: Tiles) -> list[_Span]:
+    """The source rows of neighbouring places of the image that hold `tiles`."""
     if matrix.name == "gate_up":
         half = TILE_ROWS // 2
         return [
             _Span(role, start * half, min(stop * half, len(tensor)), at * half)
             for role, tensor in tensors.items()
-            for at, start, stop in _neighbours(matrix.stored_tiles[first:end])
+            for at, start, stop in _neighbours(tiles)
         ]
-    start, stop, base, spans = first * TILE_ROWS, end * TILE_ROWS, 0, []
+    start, stop, base = int(tiles[0]) * TILE_ROWS, (int(tiles[-1]) + 1) * TILE_ROWS, 0
+    spans = []
     for role, tensor in tensors.items():
         low, high = max(start - base, 0), min(stop - base, len(tensor))
         if low < high:
