@@ -102,10 +102,12 @@ def build_cubin(
 ) -> Cubin:
     """Compile `name`.cu with `header` as config.h and all of kernel/ beside it.
 
-    `folder`: where it lies (default: kernel/). `lines`: sanitizers can name lines of the source.
+    `folder`: where it lies (default: kernel/); whatever else lies there goes before what kernel/
+    has of that name. `lines`: sanitizers can name lines of the source.
     `apart`: in a process of its own, see `nvrtc`. Raises `CompileError`.
     """
-    headers = {path.name: path.read_text("utf-8") for path in sorted(KERNEL.glob("*.cu*"))}
+    paths = [*sorted(KERNEL.glob("*.cu*")), *sorted((folder or KERNEL).glob("*.cu*"))]
+    headers = {path.name: path.read_text("utf-8") for path in paths}
     headers["config.h"] = header
     source = ((folder or KERNEL) / f"{name}.cu").read_text("utf-8")
     options = [f"--gpu-architecture={arch}", "--std=c++20", "--ptxas-options=-v"]
