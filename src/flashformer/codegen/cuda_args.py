@@ -30,6 +30,9 @@ CUDA_STEP_ARGS = (
     integer("full_in_flight", "the same while half of the slots wait to be read"),
     integer("num_rows", "tokens of a step"),
     integer("num_steps", "tokens of a row"),
+    integer(
+        "firm_steps", "of these, the first ones are drawn to their end whatever the host wants"
+    ),
     integer("num_pages", "KV pages of a layer"),
     integer("max_pages", "columns of page_table"),
     integer("stop_after", "end after this many matrices; 0: run to the end"),

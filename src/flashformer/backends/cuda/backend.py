@@ -81,6 +81,7 @@ class CudaBackend:
         self._logits = self._zeros((rows, row_stride(plan)), torch.float32)
         self._choices = Choices(plan, self._device)
         self._flight: Flight | None = None
+        self._in_vain = False  # the last one of many tokens has drawn nothing
         counter = torch.tensor([instruments.counter_start], device=self._device)
         self._barrier = counter.to(torch.int32)
         self._abandon = self._zeros(1, torch.int32)
@@ -190,7 +191,9 @@ class CudaBackend:
 
     def launch(self, rows: Sequence[DecodeRow], page_table: Int32, num_steps: int) -> Flight:
         """Start drawing `num_steps` tokens of each row; see `DecodesMany`."""
-        return self._depart(rows, page_table, num_steps)
+        self._land()
+        firm, self._in_vain = self._in_vain, False
+        return self._depart(rows, page_table, num_steps, firm=firm)
 
     def token_times(
         self, rows: Sequence[DecodeRow], page_table: Int32, num_steps: int
@@ -206,8 +209,10 @@ class CudaBackend:
         *,
         stop_after: int = 0,
         keep: bool = False,
+        firm: bool = False,
     ) -> Flight:
-        """Launch; with `keep` the logits of the last step stay in `logits`."""
+        """Launch; `keep`: the logits of the last step stay in `logits`; `firm`: the first token is
+        drawn to its end whatever the host wants."""
         self._land()
         self._upload(page_table)
         flight = Flight(num_steps, self._plan.machine.max_rows, len(rows))
@@ -215,6 +220,7 @@ class CudaBackend:
         args.out_tokens, args.stop = flight.ring.data_ptr(), flight.stop_word.data_ptr()
         args.trace = self.trace.data_ptr()
         args.num_steps, args.stop_after = num_steps, stop_after
+        args.firm_steps = int(firm)
         args.max_pages = page_table.shape[1]
         args.kept_rows = (1 << len(rows)) - 1 if keep else 0
         for i, row in enumerate(rows):
@@ -248,6 +254,7 @@ class CudaBackend:
         if self._flight is not None:
             flight, self._flight = self._flight, None
             flight.land()
+            self._in_vain |= flight.in_vain
 
     def ring(self, rows: int) -> Ring:
         """How a launch of `rows` rows shares the shared memory."""

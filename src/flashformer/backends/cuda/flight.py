@@ -27,6 +27,7 @@ class Flight:
         self.stop_word = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._tokens = self.ring.numpy()[:, :num_rows]
         self.unless: Callable[[], bool] = lambda: False
+        self.in_vain = False  # it has ended without a token, for the host had a wish
         self._step = 0
         self._ended: torch.cuda.Event | None = None
         self._check: Callable[[], None] = lambda: None
@@ -82,6 +83,7 @@ class Flight:
             self.stop()
             self._ended.synchronize()
             self._ended = None
+            self.in_vain = bool((self._tokens[0] == ABANDONED).any())
             self._check()
 
     def _wait(self) -> bool:

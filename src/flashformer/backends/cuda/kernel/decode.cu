@@ -9,12 +9,14 @@
 
 // The host's word that the launch shall end, though the token is not complete: CTA 0 asks for it and tells the others by the
 // launch's number. All ask three times a layer and look at the answer when they ask again, so that nobody waits for it; who
-// waits for a packet asks, too (`Patience`). Whoever knows leaves the layers and abandons the token at its end.
+// waits for a packet asks, too (`Patience`). Whoever knows leaves the layers and abandons the token at its end. The first
+// tokens may be firm, so that a host with a wish at every token still gets some.
 struct Abandonment {
   const Cta& cta;
   u32 answer = 0;
 
-  __device__ __forceinline__ void ask() {
+  __device__ __forceinline__ void ask(int step) {
+    if (step < cta.args.firm_steps) return;
     const bool asks_host = cta.idx == 0;
     if (answer == (asks_host ? 1 : cta.args.epoch)) {
       if (asks_host) st_relaxed_gpu(cta.args.abandon, cta.args.epoch);
@@ -34,7 +36,6 @@ __device__ __forceinline__ void produce(const Cta& cta) {
 #pragma unroll 1
     for (int layer = 0; layer < config::num_layers; ++layer) {
       if (cta.aborted()) return ring.drain();
-      abandonment.ask();
       stream_tiles<Kind::qkv>(ring, layer);
       if (layer == 0 && step > 0) {  // all keys and values of the step before are in their pages
         cta.wait(shared_address(&cta.shared.kv_ready), (step - 1) & 1, WaitKind::kv_ready);
@@ -42,10 +43,11 @@ __device__ __forceinline__ void produce(const Cta& cta) {
       }
       stream_past(ring, layer, step);
       ring.trace(Moment::past_fill, layer);
+      abandonment.ask(step);  // all have left the step before, which is nobody's to abandon any more
       stream_tiles<Kind::o_proj>(ring, layer);
-      abandonment.ask();
+      abandonment.ask(step);
       stream_tiles<Kind::gate_up>(ring, layer);
-      abandonment.ask();
+      abandonment.ask(step);
       stream_tiles<Kind::down>(ring, layer);
     }
     stream_tiles<Kind::lm_head>(ring, config::num_layers);
