@@ -211,8 +211,7 @@ class CudaBackend:
         keep: bool = False,
         firm: bool = False,
     ) -> Flight:
-        """Launch; `keep`: the logits of the last step stay in `logits`; `firm`: the first token is
-        drawn to its end whatever the host wants."""
+        """Launch; `keep` the last step's logits, draw a `firm` first token in any case."""
         self._land()
         self._upload(page_table)
         flight = Flight(num_steps, self._plan.machine.max_rows, len(rows))
