@@ -1,0 +1,240 @@
+// CUDA's threads on one processor, for kernel code that a C++ compiler builds.
+//
+// Every thread of every CTA is a fiber; a fiber runs until it waits. Barriers, shuffles and votes wait for the warp or
+// the CTA as they do on a GPU, so code that leaves a thread behind ends in `deadlock`. Who goes on, and when a bulk copy
+// lands, is random: the seed decides.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__ inline
+#define __constant__
+#define __shared__
+#define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
+#define __launch_bounds__(threads, ctas)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __CUDA_ARCH__ 900
+
+using std::max;
+using std::min;
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+namespace simt {
+
+struct Meeting {  // of a number of fibers
+  int arrived = 0;
+  std::vector<struct Fiber*> waiting;
+};
+
+// What the lanes bring to their common operations, and what comes of it. Two take turns: while some lanes bring their
+// words for the next operation, others may still read those of the last.
+struct Table {
+  u32 word[32][6];
+  u32 result[32][4];
+};
+
+struct Warp {
+  Meeting meeting;
+  Table tables[2];
+};
+
+struct Fiber {
+  ucontext_t context;
+  jmp_buf place;
+  bool started = false;
+  u32 thread, block;
+  int turn = 0;  // of the warp's tables
+  Warp* warp;
+  Meeting* named_barriers;  // of the CTA
+};
+
+struct Event {
+  u64 due;
+  std::function<void()> happen;
+};
+
+constexpr size_t stack_bytes = 128 << 10;
+inline std::vector<std::unique_ptr<char[]>> stacks;
+inline jmp_buf scheduler;
+inline Fiber* current;
+inline std::deque<Fiber*> ready;
+inline std::vector<Event> events;
+inline u64 clock;  // fibers that have gone on so far
+inline u64 next_event = ~u64(0);
+inline std::minstd_rand random;
+inline u32 num_threads;  // of a CTA
+inline void (*body)();
+
+inline void leave() {
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void yield() {
+  ready.push_back(current);
+  leave();
+}
+
+// `last` is what the last to come does for all.
+template <class Last>
+void meet(Meeting& meeting, int count, Last&& last) {
+  if (++meeting.arrived == count) {
+    last();
+    meeting.arrived = 0;
+    for (Fiber* fiber : meeting.waiting) ready.push_back(fiber);
+    meeting.waiting.clear();
+  } else {
+    meeting.waiting.push_back(current);
+    leave();
+  }
+}
+inline void meet(Meeting& meeting, int count) {
+  meet(meeting, count, [] {});
+}
+
+inline u32 lane() { return current->thread % 32; }
+
+// A common operation of the warp: every lane brings some words, `last` turns the table into results.
+template <class Last, class... Words>
+const Table& together(Last&& last, Words... words) {
+  Table& table = current->warp->tables[current->turn];
+  current->turn ^= 1;
+  u32* to = table.word[lane()];
+  ((*to++ = words), ...);
+  meet(current->warp->meeting, 32, [&] { last(table); });
+  return table;
+}
+
+template <class T>
+T exchange(T value, u32 source) {
+  static_assert(sizeof(T) <= 8);
+  u32 words[2] = {};
+  std::memcpy(words, &value, sizeof(T));
+  const Table& table = together([](Table&) {}, words[0], words[1]);
+  std::memcpy(&value, table.word[source % 32], sizeof(T));
+  return value;
+}
+
+inline void at(u64 due, std::function<void()> happen) {
+  events.push_back({due, std::move(happen)});
+  next_event = min(next_event, due);
+}
+
+// All events that are due.
+inline void look_at_events() {
+  std::vector<Event> due;
+  next_event = ~u64(0);
+  for (size_t i = 0; i < events.size();) {
+    if (events[i].due <= clock) {
+      due.push_back(std::move(events[i]));
+      events[i] = std::move(events.back());
+      events.pop_back();
+    } else {
+      next_event = min(next_event, events[i++].due);
+    }
+  }
+  for (Event& event : due) event.happen();
+}
+
+inline void start() {
+  body();
+  leave();  // for good: it waits for nobody
+}
+
+inline void go_on(Fiber* fiber) {
+  current = fiber;
+  if (_setjmp(scheduler) != 0) return;
+  if (current->started) _longjmp(current->place, 1);
+  current->started = true;
+  setcontext(&current->context);
+}
+
+// Runs `work` in every thread; ends the process if some wait for what never comes, or leave before it.
+inline void run(int num_ctas, int threads, void (*work)(), u32 seed = 1) {
+  body = work;
+  num_threads = threads;
+  random.seed(seed);
+  clock = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<std::vector<Meeting>> barriers(num_ctas, std::vector<Meeting>(16));
+  for (int i = 0; i < num_ctas * threads; ++i) {
+    if (i % 32 == 0) warps.push_back(std::make_unique<Warp>());
+    if (i == static_cast<int>(stacks.size())) stacks.push_back(std::make_unique_for_overwrite<char[]>(stack_bytes));
+    auto fiber = std::make_unique<Fiber>();
+    fiber->thread = i % threads;
+    fiber->block = i / threads;
+    fiber->warp = warps.back().get();
+    fiber->named_barriers = barriers[i / threads].data();
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = stacks[i].get();
+    fiber->context.uc_stack.ss_size = stack_bytes;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, start, 0);
+    ready.push_back(fiber.get());
+    fibers.push_back(std::move(fiber));
+  }
+  while (!ready.empty()) {
+    if (++clock >= next_event) look_at_events();
+    std::swap(ready.front(), ready[random() % min<size_t>(ready.size(), 32)]);
+    Fiber* fiber = ready.front();
+    ready.pop_front();
+    go_on(fiber);
+  }
+  bool stuck = !events.empty();
+  for (auto& warp : warps) stuck |= warp->meeting.arrived != 0;
+  for (auto& cta : barriers) {
+    for (Meeting& meeting : cta) stuck |= meeting.arrived != 0;
+  }
+  if (stuck) {
+    std::fprintf(stderr, "deadlock\n");
+    std::abort();
+  }
+}
+
+}  // namespace simt
+
+struct Index {
+  u32 x;
+};
+#define threadIdx (Index{simt::current->thread})
+#define blockIdx (Index{simt::current->block})
+#define blockDim (Index{simt::num_threads})
+
+inline void __syncthreads() { simt::meet(simt::current->named_barriers[0], simt::num_threads); }
+inline void __syncwarp() { simt::meet(simt::current->warp->meeting, 32); }
+template <class T>
+T __shfl_xor_sync(u32, T v, int mask) { return simt::exchange(v, simt::lane() ^ mask); }
+template <class T>
+T __shfl_up_sync(u32, T v, int d) { return simt::exchange(v, simt::lane() < u32(d) ? simt::lane() : simt::lane() - d); }
+template <class T>
+T __shfl_down_sync(u32, T v, int d) {
+  return simt::exchange(v, simt::lane() + d < 32 ? simt::lane() + d : simt::lane());
+}
+template <class T>
+T __shfl_sync(u32, T v, int lane) { return simt::exchange(v, lane); }
+inline u32 __ballot_sync(u32, bool v) {
+  const simt::Table& table = simt::together([](simt::Table&) {}, u32(v));
+  u32 bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= table.word[i][0] << i;
+  return bits;
+}
+inline bool __any_sync(u32 mask, bool v) { return __ballot_sync(mask, v) != 0; }
+inline bool __all_sync(u32 mask, bool v) { return __ballot_sync(mask, v) == ~0u; }
