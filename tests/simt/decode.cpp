@@ -31,7 +31,8 @@ extern "C" u64 emulate(const StepArgs* step_args, u32 seed, u64 stop_at) {
   if (args->x_bytes + args->num_slots * config::slot_bytes > sizeof *dynamic_memory) std::abort();
   std::memset(shared_memory, 0xff, sizeof shared_memory);
   std::memset(dynamic_memory, 0xff, sizeof dynamic_memory);
-  if (stop_at > 0) simt::at(stop_at, [] { *const_cast<u32*>(args->stop) = 1; });
+  static const char word[] = {1, 0, 0, 0};
+  if (stop_at > 0) simt::copy_later({stop_at, reinterpret_cast<char*>(const_cast<u32*>(args->stop)), word, 4, nullptr});
   simt::run(config::num_ctas, num_consumers + 64, work, seed);
   return simt::clock;
 }

@@ -75,6 +75,11 @@ struct Mbarrier {
 };
 static_assert(sizeof(Mbarrier) == 8);
 
+inline void land(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  if (copy.bar) copy.bar->arrive(0, -static_cast<int>(copy.bytes));
+}
+
 inline Mbarrier& barrier_at(u32 bar) { return *reinterpret_cast<Mbarrier*>(at_shared_address(bar)); }
 
 constexpr u32 longest_copy = 6000;  // about six turns of three CTAs
@@ -106,10 +111,8 @@ inline void cp_async_bulk(u32 dst, const void* src, u32 bytes, u32 bar) {
     std::abort();
   }
   std::memset(to, 0xff, bytes);
-  simt::at(simt::clock + simt::random() % simt::longest_copy, [=] {
-    std::memcpy(to, src, bytes);
-    simt::barrier_at(bar).arrive(0, -static_cast<int>(bytes));
-  });
+  const u64 due = simt::clock + simt::random(simt::longest_copy);
+  simt::copy_later({due, to, static_cast<const char*>(src), bytes, &simt::barrier_at(bar)});
 }
 
 // --- memory shared between CTAs ---

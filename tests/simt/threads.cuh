@@ -7,15 +7,10 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <memory>
-#include <random>
 #include <utility>
 #include <vector>
 
@@ -30,12 +25,15 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __CUDA_ARCH__ 900
 
-using std::max;
-using std::min;
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
+
+template <class T>
+constexpr T min(T a, T b) { return b < a ? b : a; }
+template <class T>
+constexpr T max(T a, T b) { return a < b ? b : a; }
 
 namespace simt {
 
@@ -66,20 +64,49 @@ struct Fiber {
   Meeting* named_barriers;  // of the CTA
 };
 
-struct Event {
-  u64 due;
-  std::function<void()> happen;
+inline u64 random_state;
+inline u32 random(u32 end) {
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;  // Knuth's MMIX
+  return (random_state >> 33) * end >> 31;
+}
+
+// First in, first out, but for some disorder.
+struct Queue {
+  std::vector<Fiber*> fibers;
+  size_t first = 0;
+
+  bool empty() const { return first == fibers.size(); }
+  void push_back(Fiber* fiber) { fibers.push_back(fiber); }
+  Fiber* pop() {
+    std::swap(fibers[first], fibers[first + random(min<size_t>(fibers.size() - first, 32))]);
+    Fiber* fiber = fibers[first++];
+    if (first == 4096) {
+      fibers.erase(fibers.begin(), fibers.begin() + first);
+      first = 0;
+    }
+    return fiber;
+  }
 };
 
+// Bytes that arrive while the threads work.
+struct Copy {
+  u64 due;
+  char* to;
+  const char* from;
+  u32 bytes;
+  struct Mbarrier* bar;  // that hears of it, or null
+};
+void land(const Copy& copy);
+
 constexpr size_t stack_bytes = 128 << 10;
-inline std::vector<std::unique_ptr<char[]>> stacks;
+inline std::vector<char*> stacks;  // for good
 inline jmp_buf scheduler;
 inline Fiber* current;
-inline std::deque<Fiber*> ready;
-inline std::vector<Event> events;
+inline Queue ready;
+inline Queue polling;  // those that found nothing new: the others go first, mostly
+inline std::vector<Copy> copies;
 inline u64 clock;  // fibers that have gone on so far
-inline u64 next_event = ~u64(0);
-inline std::minstd_rand random;
+inline u64 next_copy = ~u64(0);
 inline u32 num_threads;  // of a CTA
 inline void (*body)();
 
@@ -88,7 +115,7 @@ inline void leave() {
 }
 
 inline void yield() {
-  ready.push_back(current);
+  polling.push_back(current);
   leave();
 }
 
@@ -132,25 +159,22 @@ T exchange(T value, u32 source) {
   return value;
 }
 
-inline void at(u64 due, std::function<void()> happen) {
-  events.push_back({due, std::move(happen)});
-  next_event = min(next_event, due);
+inline void copy_later(const Copy& copy) {
+  copies.push_back(copy);
+  next_copy = min(next_copy, copy.due);
 }
 
-// All events that are due.
-inline void look_at_events() {
-  std::vector<Event> due;
-  next_event = ~u64(0);
-  for (size_t i = 0; i < events.size();) {
-    if (events[i].due <= clock) {
-      due.push_back(std::move(events[i]));
-      events[i] = std::move(events.back());
-      events.pop_back();
+inline void land_copies() {
+  next_copy = ~u64(0);
+  for (size_t i = 0; i < copies.size();) {
+    if (copies[i].due <= clock) {
+      land(copies[i]);
+      copies[i] = copies.back();
+      copies.pop_back();
     } else {
-      next_event = min(next_event, events[i++].due);
+      next_copy = min(next_copy, copies[i++].due);
     }
   }
-  for (Event& event : due) event.happen();
 }
 
 inline void start() {
@@ -170,36 +194,32 @@ inline void go_on(Fiber* fiber) {
 inline void run(int num_ctas, int threads, void (*work)(), u32 seed = 1) {
   body = work;
   num_threads = threads;
-  random.seed(seed);
+  random_state = seed;
   clock = 0;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<Fiber> fibers(num_ctas * threads);
+  std::vector<Warp> warps(fibers.size() / 32);
   std::vector<std::vector<Meeting>> barriers(num_ctas, std::vector<Meeting>(16));
-  for (int i = 0; i < num_ctas * threads; ++i) {
-    if (i % 32 == 0) warps.push_back(std::make_unique<Warp>());
-    if (i == static_cast<int>(stacks.size())) stacks.push_back(std::make_unique_for_overwrite<char[]>(stack_bytes));
-    auto fiber = std::make_unique<Fiber>();
-    fiber->thread = i % threads;
-    fiber->block = i / threads;
-    fiber->warp = warps.back().get();
-    fiber->named_barriers = barriers[i / threads].data();
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = stacks[i].get();
-    fiber->context.uc_stack.ss_size = stack_bytes;
-    fiber->context.uc_link = nullptr;
-    makecontext(&fiber->context, start, 0);
-    ready.push_back(fiber.get());
-    fibers.push_back(std::move(fiber));
+  while (stacks.size() < fibers.size()) stacks.push_back(new char[stack_bytes]);
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.thread = i % threads;
+    fiber.block = i / threads;
+    fiber.warp = &warps[i / 32];
+    fiber.named_barriers = barriers[i / threads].data();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks[i];
+    fiber.context.uc_stack.ss_size = stack_bytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, start, 0);
+    ready.push_back(&fiber);
   }
-  while (!ready.empty()) {
-    if (++clock >= next_event) look_at_events();
-    std::swap(ready.front(), ready[random() % min<size_t>(ready.size(), 32)]);
-    Fiber* fiber = ready.front();
-    ready.pop_front();
-    go_on(fiber);
+  while (!ready.empty() || !polling.empty()) {
+    if (++clock >= next_copy) land_copies();
+    const bool polls = ready.empty() || (!polling.empty() && random(8) == 0);
+    go_on((polls ? polling : ready).pop());
   }
-  bool stuck = !events.empty();
-  for (auto& warp : warps) stuck |= warp->meeting.arrived != 0;
+  bool stuck = !copies.empty();
+  for (Warp& warp : warps) stuck |= warp.meeting.arrived != 0;
   for (auto& cta : barriers) {
     for (Meeting& meeting : cta) stuck |= meeting.arrived != 0;
   }
