@@ -13,10 +13,11 @@ from flashformer.backends.cuda.backend import MAX_SLOTS, row_class
 from flashformer.backends.cuda.choices import Choices, row_stride
 from flashformer.backends.cuda.flight import UNWRITTEN
 from flashformer.backends.cuda.geometry import activation_bytes, copies_in_flight
+from flashformer.backends.cuda.kv_pages import Pages, load_pages
 from flashformer.backends.cuda.memory import past_bytes_per_token
 from flashformer.codegen.cuda_args import CudaStepArgs
 from flashformer.codegen.cuda_header import slot_bytes
-from flashformer.codegen.exchange import exchange, exchange_bytes
+from flashformer.codegen.exchange import exchange, exchange_bytes, padded
 from simt_library import simt_library
 
 WAIT_LIMIT = 30_000_000  # turns of fibers: ten times a launch
@@ -59,6 +60,22 @@ class EmulatedDecoder:
         """All pages with random keys and values."""
         values = np.random.default_rng(seed).standard_normal(self.kv.nbytes // 2, np.float32)
         self.kv[:] = values.astype(ml_dtypes.bfloat16).view(np.uint8)
+
+    def past(self, layer, pages, num_tokens):
+        """What the pages of a sequence hold: (key, 0, value) of every position, for an oracle."""
+        spec, tokens = self.plan.spec, self.plan.machine.page_tokens
+        record = spec.layers[layer]
+        stored = self.kv.view(np.int16).reshape(spec.num_layers, self.num_pages, -1)[layer]
+        shape = (self.num_pages, record.num_kv_heads, 2, tokens * padded(record.head_dim))
+        found = Pages(torch.from_numpy(stored.reshape(shape)), torch.from_numpy(pages).long())
+        parts = torch.empty(
+            2, len(pages) * tokens, shape[1], padded(record.head_dim), dtype=torch.int16
+        )
+        load_pages(found, *parts)
+        keys, values = (
+            parts.numpy().view(ml_dtypes.bfloat16).astype(np.float64)[..., : record.head_dim]
+        )
+        return [(keys[i], np.zeros_like(keys[i]), values[i]) for i in range(num_tokens)]
 
     def launch(
         self,

@@ -219,14 +219,15 @@ inline void run(int num_ctas, int threads, void (*work)(), u32 seed = 1) {
     go_on((polls ? polling : ready).pop());
   }
   bool stuck = !copies.empty();
-  for (Warp& warp : warps) stuck |= warp.meeting.arrived != 0;
-  for (auto& cta : barriers) {
-    for (Meeting& meeting : cta) stuck |= meeting.arrived != 0;
-  }
-  if (stuck) {
-    std::fprintf(stderr, "deadlock\n");
-    std::abort();
-  }
+  if (stuck) std::fprintf(stderr, "%zu copies have not landed\n", copies.size());
+  const auto look_at = [&](const Meeting& meeting, const char* what, size_t i) {
+    if (meeting.arrived == 0) return;
+    stuck = true;
+    std::fprintf(stderr, "%d threads wait at %s %zu\n", meeting.arrived, what, i);
+  };
+  for (size_t i = 0; i < warps.size(); ++i) look_at(warps[i].meeting, "the common operation of warp", i);
+  for (size_t i = 0; i < 16 * barriers.size(); ++i) look_at(barriers[i / 16][i % 16], "barrier", i);
+  if (stuck) std::abort();
 }
 
 }  // namespace simt
