@@ -144,6 +144,8 @@ inline void bar_sync(int id, int threads) { simt::meet(simt::current->named_barr
 inline void barrier_sync(int id, int threads) { bar_sync(id, threads); }
 inline u64 globaltimer() { return simt::clock; }
 
+inline bool agreed(bool v) { return __all_sync(~0u, v); }
+
 // --- 16-bit floats ---
 
 inline float ex2(float v) { return std::exp2(v); }

@@ -97,7 +97,10 @@ struct RingReader {
   __device__ __forceinline__ bool is_lost() const { return next.parity > 1; }
 
   __device__ __forceinline__ const u8* wait() {
-    if (!is_lost() && !cta.wait(shared_address(&cta.shared.full[next.slot]), next.parity, WaitKind::slot_full)) next.parity = 2;
+    if (!is_lost() &&
+        !agreed(cta.wait(shared_address(&cta.shared.full[next.slot]), next.parity, WaitKind::slot_full))) {
+      next.parity = 2;
+    }
     return cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
   }
 
