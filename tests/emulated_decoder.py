@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flashformer.backends.base import Choice, StepResult
-from flashformer.backends.cuda.backend import MAX_SLOTS, row_class
+from flashformer.backends.cuda.backend import MAX_SLOTS
 from flashformer.backends.cuda.choices import Choices, row_stride
 from flashformer.backends.cuda.flight import UNWRITTEN
 from flashformer.backends.cuda.geometry import activation_bytes, copies_in_flight
@@ -34,7 +34,7 @@ class Launched:
 
 
 class EmulatedDecoder:
-    """A library for each of some row classes."""
+    """A library for each of some row classes, in rising order."""
 
     def __init__(self, folder, plan, image, num_pages, classes):
         self.plan, self.image, self.num_pages = plan, image, num_pages
@@ -101,7 +101,8 @@ class EmulatedDecoder:
         }  # fmt: skip
         for name, array in places.items():
             setattr(args, name, array.ctypes.data)
-        most, slot = row_class(rows), slot_bytes(self.plan)
+        most = next(most for most in self.libraries if most >= rows)
+        slot = slot_bytes(self.plan)
         args.x_bytes = activation_bytes(self.plan, most)
         args.num_slots = min(MAX_SLOTS, (machine.shared_bytes - 16384 - args.x_bytes) // slot)
         in_flight = copies_in_flight(self.plan, most, args.num_slots)

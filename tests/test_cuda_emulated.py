@@ -166,7 +166,6 @@ def test_every_stage_is_within_the_bound_of_its_arithmetic(decoder):
 
     checked = step(list(POSITIONS), list(range(8)))
     step([301, 302, 4, 5, 6, 255], [0, 0, 1, 1, 1, 7])
-    step([303], [0])
 
     assert len(checked) == 5 * plan.spec.num_layers + 1
 
@@ -175,7 +174,7 @@ def test_every_stage_is_within_the_bound_of_its_arithmetic(decoder):
 def test_a_stop_word_ends_the_launch_on_all_ctas_at_the_same_token(decoder):
     whole = decode(decoder, (0, 1))
     endings = set()
-    for stop_at in [1, *range(whole.turns // 12, whole.turns, whole.turns // 12)]:
+    for stop_at in [1, *range(whole.turns // 10, whole.turns, whole.turns // 10)]:
         stopped = decode(decoder, (0, 1), stop_at=stop_at)
         written = (stopped.tokens != UNWRITTEN).all(1).sum()
         abandoned = (stopped.tokens[written - 1] == ABANDONED).all()
