@@ -39,9 +39,10 @@ class EmulatedDecoder:
     def __init__(self, folder, plan, image, num_pages, classes):
         self.plan, self.image, self.num_pages = plan, image, num_pages
         rows = plan.machine.max_rows
-        self.kv = np.zeros(
-            num_pages * plan.machine.page_tokens * past_bytes_per_token(plan), np.uint8
-        )
+        past_bytes = num_pages * plan.machine.page_tokens * past_bytes_per_token(plan)
+        values = np.random.default_rng(5).standard_normal(past_bytes // 2, np.float32)
+        self.random_past = values.astype(ml_dtypes.bfloat16).view(np.uint8)
+        self.kv = self.random_past.copy()
         self.exchange = np.zeros(exchange_bytes(plan)[1], np.uint8)
         self.kept = np.zeros((rows, row_stride(plan)), np.float32)
         self.choices = Choices(plan, torch.device("cpu"))
@@ -56,10 +57,9 @@ class EmulatedDecoder:
             library.emulate.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64)
             library.emulate.restype = ctypes.c_uint64
 
-    def fill_past(self, seed):
-        """All pages with random keys and values."""
-        values = np.random.default_rng(seed).standard_normal(self.kv.nbytes // 2, np.float32)
-        self.kv[:] = values.astype(ml_dtypes.bfloat16).view(np.uint8)
+    def reset_past(self):
+        """All pages with random keys and values, the same every time."""
+        self.kv[:] = self.random_past
 
     def past(self, layer, pages, num_tokens):
         """What the pages of a sequence hold: (key, 0, value) of every position, for an oracle."""

@@ -208,7 +208,7 @@ inline void run(int num_ctas, int threads, void (*work)(), u32 seed = 1) {
     fiber.named_barriers = barriers[i / threads].data();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks[i];
-    fiber.context.uc_stack.ss_size = stack_bytes;
+    fiber.context.uc_stack.ss_size = stack_bytes - i % 64 * 832;  // on different lines of the processor's cache
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, start, 0);
     ready.push_back(&fiber);
