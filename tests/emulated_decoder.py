@@ -54,7 +54,12 @@ class EmulatedDecoder:
         with ThreadPoolExecutor(2) as pool:
             self.libraries = dict(zip(classes, pool.map(build, classes), strict=True))
         for library in self.libraries.values():
-            library.emulate.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64)
+            library.emulate.argtypes = (
+                ctypes.c_void_p,
+                ctypes.c_uint32,
+                ctypes.c_uint64,
+                ctypes.c_uint32,
+            )
             library.emulate.restype = ctypes.c_uint64
 
     def reset_past(self):
@@ -87,8 +92,10 @@ class EmulatedDecoder:
         stop_after=0,
         stop_at=0,
         seed=1,
+        lost_bits=0,
     ):
-        """`stop_at`: the turn at which the host sets the stop word. `seed`: of who takes turns."""
+        """`stop_at`: the turn at which the host sets the stop word. `seed`: of who takes turns.
+        `lost_bits`: of the tensor cores' float32 sums."""
         rows, machine = len(token_ids), self.plan.machine
         table = np.ascontiguousarray(page_table, np.int32)
         out = np.full((num_steps, machine.max_rows), UNWRITTEN, np.int32)
@@ -118,7 +125,7 @@ class EmulatedDecoder:
             args.bases[i] = args.bases[i - 1] if same else position
         self.choices.fill(args, [Choice()] * rows)
         self.exchange[:] = 255
-        turns = self.libraries[most].emulate(ctypes.addressof(args), seed, stop_at)
+        turns = self.libraries[most].emulate(ctypes.addressof(args), seed, stop_at, lost_bits)
         assert watchdog[0] == 0, hex(watchdog[0])
         assert barrier[0] in (0, 1 << 31)
         logits = self.kept[:rows, : self.plan.spec.vocab_size].copy()

@@ -18,6 +18,7 @@ from stage_oracle import Watched
 
 H200 = Device("H200", 9, 0, 132, 227 << 10, cooperative=True)
 STEPS = 3
+LOST_BITS = 6
 # Of eight rows: within a page, at its ends, and behind the chunk of 256 positions.
 POSITIONS = (300, 3, 64, 130, 31, 290, 0, 254)
 SETS = ((0,), (1,), (6,), (7,), (0, 1), (4, 5), (2, 3, 4, 5))
@@ -129,12 +130,13 @@ def past_of_slots(decoder, slots):
 
 
 def test_a_row_has_the_same_bits_in_a_kernel_of_any_number_of_rows(decoder):
-    together = decode(decoder, range(8))
+    """Sums lose bits, or the rounding to bf16 behind them would hide most changes of order."""
+    together = decode(decoder, range(8), lost_bits=LOST_BITS)
     past = past_of_slots(decoder, range(8))
 
     assert np.isfinite(together.logits).all()
     for rows in SETS:
-        few = decode(decoder, rows, seed=rows[0])
+        few = decode(decoder, rows, seed=rows[0], lost_bits=LOST_BITS)
         assert np.array_equal(few.tokens, together.tokens[:, rows])
         assert np.array_equal(few.logits, together.logits[list(rows)])
         assert np.array_equal(past_of_slots(decoder, rows), past[:, rows])

@@ -26,9 +26,10 @@ void work() {
 }  // namespace
 
 // The host sets the stop word when the clock says `stop_at`, unless that is 0. Returns what it says at the end.
-extern "C" u64 emulate(const StepArgs* step_args, u32 seed, u64 stop_at) {
+extern "C" u64 emulate(const StepArgs* step_args, u32 seed, u64 stop_at, u32 lost_bits) {
   args = step_args;
   if (args->x_bytes + args->num_slots * config::slot_bytes > sizeof *dynamic_memory) std::abort();
+  simt::lost_bits = lost_bits;
   std::memset(shared_memory, 0xff, sizeof shared_memory);
   std::memset(dynamic_memory, 0xff, sizeof dynamic_memory);
   static const char word[] = {1, 0, 0, 0};

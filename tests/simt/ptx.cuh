@@ -169,6 +169,11 @@ inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 
 namespace simt {
 
+// Of a float32 sum this many bits are lost: with some of them a sum in another order is soon another 16-bit number, too.
+inline u32 lost_bits;
+inline float kept(float sum) { return __uint_as_float(__float_as_uint(sum) >> lost_bits << lost_bits); }
+inline int kept(int sum) { return sum; }
+
 // D += A (16 rows) * B (8 columns); a word holds `per` neighbouring numbers of a row of A, or of a column of B. Sums in
 // the order of the columns of A, then added to D.
 template <int per, class Sum, class Number>
@@ -196,7 +201,7 @@ void mma(Sum (&d)[4], Number number, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
     }
   };
   const Table& table = together(multiply, a0, a1, a2, a3, b0, b1);
-  for (int i = 0; i < 4; ++i) d[i] += __builtin_bit_cast(Sum, table.result[lane()][i]);
+  for (int i = 0; i < 4; ++i) d[i] = kept(d[i] + __builtin_bit_cast(Sum, table.result[lane()][i]));
 }
 
 }  // namespace simt
