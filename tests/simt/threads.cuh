@@ -52,6 +52,7 @@ struct Table {
 struct Warp {
   Meeting meeting;
   Table tables[2];
+  u64 wakes_at = 0;
 };
 
 struct Fiber {
@@ -97,6 +98,9 @@ struct Copy {
   struct Mbarrier* bar;  // that hears of it, or null
 };
 void land(const Copy& copy);
+
+constexpr u32 turns_a_nap = 50000;  // some warp takes one
+constexpr u32 longest_nap = 20000;  // turns
 
 constexpr size_t stack_bytes = 128 << 10;
 inline std::vector<char*> stacks;  // for good
@@ -216,7 +220,13 @@ inline void run(int num_ctas, int threads, void (*work)(), u32 seed = 1) {
   while (!ready.empty() || !polling.empty()) {
     if (++clock >= next_copy) land_copies();
     const bool polls = ready.empty() || (!polling.empty() && random(8) == 0);
-    go_on((polls ? polling : ready).pop());
+    Fiber* fiber = (polls ? polling : ready).pop();
+    if (random(turns_a_nap) == 0) fiber->warp->wakes_at = clock + random(longest_nap);
+    if (fiber->warp->wakes_at <= clock) {
+      go_on(fiber);
+    } else {
+      polling.push_back(fiber);
+    }
   }
   bool stuck = !copies.empty();
   if (stuck) std::fprintf(stderr, "%zu copies have not landed\n", copies.size());
