@@ -20,6 +20,7 @@ from flashformer.codegen.cuda_header import slot_bytes
 from flashformer.codegen.exchange import exchange, exchange_bytes, padded
 from simt_library import simt_library
 
+FIXED_BYTES = 16384  # of shared memory: `Shared` of kernel/cta.cuh has no more
 WAIT_LIMIT = 30_000_000  # turns of fibers: ten times a launch
 
 
@@ -93,9 +94,10 @@ class EmulatedDecoder:
         stop_at=0,
         seed=1,
         lost_bits=0,
+        num_slots=MAX_SLOTS,
     ):
         """`stop_at`: the turn at which the host sets the stop word. `seed`: of who takes turns.
-        `lost_bits`: of the tensor cores' float32 sums."""
+        `lost_bits`: of the tensor cores' float32 sums. `num_slots`: of the ring, if they fit."""
         rows, machine = len(token_ids), self.plan.machine
         table = np.ascontiguousarray(page_table, np.int32)
         out = np.full((num_steps, machine.max_rows), UNWRITTEN, np.int32)
@@ -111,7 +113,8 @@ class EmulatedDecoder:
         most = next(most for most in self.libraries if most >= rows)
         slot = slot_bytes(self.plan)
         args.x_bytes = activation_bytes(self.plan, most)
-        args.num_slots = min(MAX_SLOTS, (machine.shared_bytes - 16384 - args.x_bytes) // slot)
+        room = machine.shared_bytes - FIXED_BYTES - args.x_bytes
+        args.num_slots = min(num_slots, room // slot)
         in_flight = copies_in_flight(self.plan, most, args.num_slots)
         args.in_flight, args.full_in_flight = in_flight
         args.num_rows, args.num_pages, args.max_pages = rows, self.num_pages, table.shape[1]
@@ -131,7 +134,7 @@ class EmulatedDecoder:
         logits = self.kept[:rows, : self.plan.spec.vocab_size].copy()
         return Launched(out[:, :rows], logits, turns, int(barrier[0] >> 31))
 
-    # What test_cuda_stages.py wants of a backend.
+    # What `stage_oracle.Watched` wants of a backend.
 
     def decode(self, token_ids, positions, slots, page_table, num_steps, stop_after=0):
         return self.launch(token_ids, positions, slots, page_table, num_steps, stop_after).tokens

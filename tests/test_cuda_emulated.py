@@ -8,7 +8,7 @@ import pytest
 from emulated_decoder import EmulatedDecoder
 from flashformer.backends.cuda.flight import ABANDONED, UNWRITTEN
 from flashformer.backends.cuda.geometry import past_of, stage_shape
-from flashformer.backends.cuda.machine import ROW_CLASSES, Device, fit_machine
+from flashformer.backends.cuda.machine import MIN_SLOTS, ROW_CLASSES, Device, fit_machine
 from flashformer.codegen.exchange import padded, residual_travels
 from flashformer.model.spec import RopeSpec
 from flashformer.plan.plan import PlanOptions, make_plan
@@ -21,6 +21,7 @@ STEPS = 3
 LOST_BITS = 6
 # Of eight rows: within a page, at its ends, and behind the chunk of 256 positions.
 POSITIONS = (300, 3, 64, 130, 31, 290, 0, 254)
+# Of neighbouring rows.
 SETS = ((0,), (1,), (6,), (7,), (0, 1), (4, 5), (2, 3, 4, 5))
 SMALL = {"slot_bytes": 2048, "window_bytes": 2048}
 LARGE = {"slot_bytes": 16384, "window_bytes": 4096}
@@ -130,13 +131,15 @@ def past_of_slots(decoder, slots):
 
 
 def test_a_row_has_the_same_bits_in_a_kernel_of_any_number_of_rows(decoder):
-    """Sums lose bits, or the rounding to bf16 behind them would hide most changes of order."""
+    """And with a ring of any length. Sums lose bits, or the rounding to bf16 behind them would hide
+    most changes of order."""
     together = decode(decoder, range(8), lost_bits=LOST_BITS)
     past = past_of_slots(decoder, range(8))
 
     assert np.isfinite(together.logits).all()
     for rows in SETS:
-        few = decode(decoder, rows, seed=rows[0], lost_bits=LOST_BITS)
+        ring = {"num_slots": MIN_SLOTS + rows[0]}
+        few = decode(decoder, rows, seed=rows[0], lost_bits=LOST_BITS, **ring)
         assert np.array_equal(few.tokens, together.tokens[:, rows])
         assert np.array_equal(few.logits, together.logits[list(rows)])
         assert np.array_equal(past_of_slots(decoder, rows), past[:, rows])
