@@ -12,15 +12,16 @@ from flashformer.codegen.cuda_header import render_cuda
 SIMT = Path(__file__).parent / "simt"
 
 
-def simt_library(folder, plan, name):
-    """The library of tests/simt/NAME.cpp for `plan`, built in `folder`."""
-    for path in KERNEL.glob("*.cuh"):
+def simt_library(folder, plan, name, rows=None):
+    """The library of tests/simt/NAME.cpp for `plan`, of the row class `rows`, built in `folder`."""
+    for path in (*KERNEL.glob("*.cuh"), KERNEL / "decode.cu"):
         shutil.copy(path, folder)
     for path in SIMT.iterdir():
-        shutil.copy(path, folder)  # in place of the kernel's own ptx.cuh and ring.cuh
-    (folder / "config.h").write_text(render_cuda(plan))
+        shutil.copy(path, folder)  # in place of the kernel's own ptx.cuh
+    (folder / "config.h").write_text(render_cuda(plan, rows=rows))
     library = folder / f"{name}.so"
     options = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", f"-I{folder}"]
+    options.append("-U_FORTIFY_SOURCE")  # whose longjmp stays on one stack
     source = str(folder / f"{name}.cpp")
     subprocess.run([find_compiler().path, *options, source, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
+from flashformer.backends.base import StepBatch
 from flashformer.codegen.cuda_header import F16_EXCHANGE_SCALE
 from flashformer.plan.pack import read_vector, unpack_rows, unpack_tiles
 from flashformer.quant.formats import TILE_ROWS
@@ -216,3 +217,66 @@ class StageOracle:
             exact.append(weights @ v)
             bound.append(off * (weights @ np.abs(v)))
         return np.concatenate(exact), np.concatenate(bound)
+
+
+class Watched:
+    """A backend, and the oracle that looks at every stage of every step."""
+
+    def __init__(self, backend, image, table):
+        self.backend, self.plan, self.table = backend, backend.plan, table
+        self.oracle = StageOracle(self.plan, image)
+
+    def buffer(self, name, rows, cols):
+        return self.backend.exchange_buffer(name).astype(np.float64)[:rows, :cols]
+
+    def step(self, tokens, positions, slots):
+        """Check every stage of a step, then run it to its end; returns the names of the stages."""
+        spec, oracle, n = self.plan.spec, self.oracle, len(tokens)
+        arrays = [np.asarray(a, np.int32) for a in (tokens, positions, slots)]
+        x, rstd = oracle.embed(tokens)
+        checked = []
+
+        def stop(matrix):
+            self.backend.decode(*arrays, self.table, 1, stop_after=matrix)
+
+        def check(name, layer, expected, found):
+            off = np.abs(found - expected.exact) - expected.bound
+            assert off.max() <= 0, f"{name} of layer {layer}: {off.max()} beyond the bound"
+            checked.append(name)
+
+        for layer, record in enumerate(spec.layers):
+            stop(4 * layer + 1)
+            qkv = self.buffer("qkv", n, record.qkv_rows)
+            expected = oracle.normed("qkv", layer, x, rstd)
+            expected = type(expected)(
+                *(a[:, : record.qkv_rows] for a in (expected.exact, expected.bound))
+            )
+            check("qkv", layer, expected, qkv)
+
+            stop(4 * layer + 2)
+            attended = self.buffer("attention", n, record.q_rows)
+            check("attention", layer, oracle.attention(layer, qkv, positions, slots), attended)
+            hidden = self.buffer("hidden_mlp", n, spec.hidden_size)
+            check("o_proj", layer, oracle.add("o_proj", layer, attended), hidden)
+            x, rstd = oracle.input("post_attention_layernorm", layer, hidden)
+
+            stop(4 * layer + 3)
+            mlp = self.buffer("mlp", n, record.intermediate_size)
+            check("gate_up", layer, oracle.gate_up(layer, x, rstd), mlp)
+
+            stop(4 * layer + 4)
+            hidden = self.buffer("hidden_attention", n, spec.hidden_size)
+            check("down", layer, oracle.add("down", layer, mlp), hidden)
+            last = layer + 1 == spec.num_layers
+            x, rstd = oracle.input(
+                *(("norm", -1) if last else ("input_layernorm", layer + 1)), hidden
+            )
+
+        result = self.backend.step(StepBatch(*arrays, self.table, np.arange(n, dtype=np.int32)))
+        expected = oracle.normed("lm_head", -1, x, rstd)
+        expected = type(expected)(
+            *(a[:, : spec.vocab_size] for a in (expected.exact, expected.bound))
+        )
+        check("lm_head", -1, expected, result.logits)
+        assert np.array_equal(result.argmax, result.logits.argmax(1))
+        return checked

@@ -58,6 +58,7 @@ def merge(library, plan, positions, partials):
     barrier, abandon = np.zeros(1, np.uint32), np.zeros(1, np.uint32)
     args = CudaStepArgs()
     args.num_rows, args.epoch = len(positions), 7
+    args.wait_limit_ns = 2**63
     args.exchange, args.barrier = buffer.ctypes.data, barrier.ctypes.data
     args.abandon = abandon.ctypes.data
     for row, position in enumerate(positions):

@@ -50,6 +50,7 @@ class Sampler:
         tables = Choices(self.plan, torch.device("cpu"))
         tables.fill(args, choices)
         args.num_rows, args.num_steps = rows, steps
+        args.wait_limit_ns = 2**63
         args.logits, args.exchange = kept.ctypes.data, exchange.ctypes.data
         args.barrier, args.stop = barrier.ctypes.data, stop_word.ctypes.data
         args.out_tokens = out.ctypes.data

@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from flashformer.backends.base import StepBatch
 from flashformer.backends.cuda.compile import compile_kernel
 from flashformer.backends.cuda.machine import row_classes
 from flashformer.model.spec import RopeSpec
 from flashformer.plan.plan import PlanOptions, make_plan
 from specs import SpecWeights, layer_spec, model_spec, packed
-from stage_oracle import StageOracle
+from stage_oracle import Watched
 
 pytestmark = pytest.mark.gpu
 
@@ -83,79 +82,19 @@ def compiled(request):
         list(pool.map(lambda job: compile_kernel(job[0], rows=job[1], apart=True), jobs))
 
 
-class Watched:
-    """A backend, and the oracle that looks at every stage of every step."""
+def watch(name):
+    from flashformer.backends.cuda import CudaBackend
 
-    def __init__(self, name):
-        from flashformer.backends.cuda import CudaBackend
-
-        plan = plan_of(name)
-        image = packed(plan, SpecWeights(plan.spec, seed=7))
-        pages = -(-CONTEXT // plan.machine.page_tokens)
-        self.table = np.arange(SLOTS * pages, dtype=np.int32)[::-1].reshape(SLOTS, pages)
-        self.backend = CudaBackend(plan, image, SLOTS * pages)
-        self.oracle = StageOracle(plan, image)
-        self.plan = plan
-
-    def buffer(self, name, rows, cols):
-        return self.backend.exchange_buffer(name).astype(np.float64)[:rows, :cols]
-
-    def step(self, tokens, positions, slots):
-        """Check every stage of a step, then run it to its end; returns the names of the stages."""
-        spec, oracle, n = self.plan.spec, self.oracle, len(tokens)
-        arrays = [np.asarray(a, np.int32) for a in (tokens, positions, slots)]
-        x, rstd = oracle.embed(tokens)
-        checked = []
-
-        def stop(matrix):
-            self.backend.decode(*arrays, self.table, 1, stop_after=matrix)
-
-        def check(name, layer, expected, found):
-            off = np.abs(found - expected.exact) - expected.bound
-            assert off.max() <= 0, f"{name} of layer {layer}: {off.max()} beyond the bound"
-            checked.append(name)
-
-        for layer, record in enumerate(spec.layers):
-            stop(4 * layer + 1)
-            qkv = self.buffer("qkv", n, record.qkv_rows)
-            expected = oracle.normed("qkv", layer, x, rstd)
-            expected = type(expected)(
-                *(a[:, : record.qkv_rows] for a in (expected.exact, expected.bound))
-            )
-            check("qkv", layer, expected, qkv)
-
-            stop(4 * layer + 2)
-            attended = self.buffer("attention", n, record.q_rows)
-            check("attention", layer, oracle.attention(layer, qkv, positions, slots), attended)
-            hidden = self.buffer("hidden_mlp", n, spec.hidden_size)
-            check("o_proj", layer, oracle.add("o_proj", layer, attended), hidden)
-            x, rstd = oracle.input("post_attention_layernorm", layer, hidden)
-
-            stop(4 * layer + 3)
-            mlp = self.buffer("mlp", n, record.intermediate_size)
-            check("gate_up", layer, oracle.gate_up(layer, x, rstd), mlp)
-
-            stop(4 * layer + 4)
-            hidden = self.buffer("hidden_attention", n, spec.hidden_size)
-            check("down", layer, oracle.add("down", layer, mlp), hidden)
-            last = layer + 1 == spec.num_layers
-            x, rstd = oracle.input(
-                *(("norm", -1) if last else ("input_layernorm", layer + 1)), hidden
-            )
-
-        result = self.backend.step(StepBatch(*arrays, self.table, np.arange(n, dtype=np.int32)))
-        expected = oracle.normed("lm_head", -1, x, rstd)
-        expected = type(expected)(
-            *(a[:, : spec.vocab_size] for a in (expected.exact, expected.bound))
-        )
-        check("lm_head", -1, expected, result.logits)
-        assert np.array_equal(result.argmax, result.logits.argmax(1))
-        return checked
+    plan = plan_of(name)
+    image = packed(plan, SpecWeights(plan.spec, seed=7))
+    pages = -(-CONTEXT // plan.machine.page_tokens)
+    table = np.arange(SLOTS * pages, dtype=np.int32)[::-1].reshape(SLOTS, pages)
+    return Watched(CudaBackend(plan, image, SLOTS * pages), image, table)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_stage_is_within_the_bound_of_its_arithmetic(name):
-    watched = Watched(name)
+    watched = watch(name)
     rng = np.random.default_rng(3)
 
     def ids(count):

@@ -211,6 +211,10 @@ __device__ __forceinline__ void mma_s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Of a converged warp whose lanes have all read the same places, each time with one instruction: so all know the same, and
+// may go different ways by it. Lanes that take turns one by one (tests/simt) must agree.
+__device__ __forceinline__ bool agreed(bool v) { return v; }
+
 // The warp's largest.
 __device__ __forceinline__ u32 redux_max(u32 v) {
   u32 r;

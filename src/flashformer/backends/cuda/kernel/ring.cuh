@@ -98,7 +98,8 @@ struct RingReader {
   __device__ __forceinline__ void lose() { next.parity = 2; }
 
   __device__ __forceinline__ const u8* wait() {
-    if (!is_lost() && !cta.wait(shared_address(&cta.shared.full[next.slot]), next.parity, WaitKind::slot_full)) lose();
+    const u32 bar = shared_address(&cta.shared.full[next.slot]);
+    if (!is_lost() && !agreed(cta.wait(bar, next.parity, WaitKind::slot_full))) lose();
     return cta.slots + static_cast<u64>(next.slot) * config::slot_bytes;
   }
 

@@ -1,3 +1,0 @@
-// The sampler reads nothing from the ring.
-#pragma once
-#include "cta.cuh"
