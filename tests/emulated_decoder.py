@@ -92,6 +92,7 @@ class EmulatedDecoder:
         num_steps,
         stop_after=0,
         stop_at=0,
+        firm_steps=0,
         seed=1,
         lost_bits=0,
         num_slots=MAX_SLOTS,
@@ -118,7 +119,7 @@ class EmulatedDecoder:
         in_flight = copies_in_flight(self.plan, most, args.num_slots)
         args.in_flight, args.full_in_flight = in_flight
         args.num_rows, args.num_pages, args.max_pages = rows, self.num_pages, table.shape[1]
-        args.num_steps, args.stop_after = num_steps, stop_after
+        args.num_steps, args.stop_after, args.firm_steps = num_steps, stop_after, firm_steps
         args.kept_rows, args.epoch, args.wait_limit_ns = (1 << rows) - 1, 1, WAIT_LIMIT
         for i, (token_id, position, slot) in enumerate(
             zip(token_ids, positions, slots, strict=True)

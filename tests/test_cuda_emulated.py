@@ -193,3 +193,13 @@ def test_a_stop_word_ends_the_launch_on_all_ctas_at_the_same_token(decoder):
 
     assert (0, True) in endings
     assert len(endings) > 2
+
+
+@pytest.mark.parametrize("decoder", list(MODELS)[:1], indirect=True)
+@pytest.mark.parametrize("firm_steps", [1, 2])
+def test_a_firm_token_is_drawn_to_its_end_whatever_the_host_wants(decoder, firm_steps):
+    whole = decode(decoder, (0, 1))
+    stopped = decode(decoder, (0, 1), stop_at=1, firm_steps=firm_steps)
+
+    assert np.array_equal(stopped.tokens[0], whole.tokens[0])
+    assert (stopped.tokens[1:] == UNWRITTEN).all()  # the host's word ends the launch behind it
