@@ -151,14 +151,5 @@ extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1) decode(const
   extern __shared__ __align__(128) u8 dynamic[];
   __shared__ Shared shared;
   Cta cta(args, dynamic, shared);
-  ring_init(cta);
-  if (cta.is_producer()) {
-    if (cta.produces()) produce(cta);
-  } else if (cta.is_finisher()) {
-    MeetingFinisher(cta).run();
-  } else {
-    MeetingConsumer(cta).run();
-    cta.consumer_sync();
-    if (cta.thread == 0) cta.report();
-  }
+  run_role<MeetingConsumer, MeetingFinisher>(cta);
 }

@@ -8,19 +8,9 @@ const StepArgs* args;
 Shared shared_memory[config::num_ctas];
 alignas(128) u8 dynamic_memory[config::num_ctas][227 << 10];
 
-// As `decode` does.
 void work() {
   Cta cta(*args, dynamic_memory[blockIdx.x], shared_memory[blockIdx.x]);
-  ring_init(cta);
-  if (cta.is_producer()) {
-    if (cta.produces()) produce(cta);
-  } else if (cta.is_finisher()) {
-    Finisher(cta).run();
-  } else {
-    Consumer(cta).run();
-    cta.consumer_sync();
-    if (cta.thread == 0) cta.report();
-  }
+  run_role<Consumer, Finisher>(cta);
 }
 
 }  // namespace

@@ -294,18 +294,24 @@ struct Finisher {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1) decode(const __grid_constant__ StepArgs args) {
-  extern __shared__ __align__(128) u8 dynamic[];
-  __shared__ Shared shared;
-  Cta cta(args, dynamic, shared);
+// A thread's part in the launch.
+template <class TheConsumer, class TheFinisher>
+__device__ __forceinline__ void run_role(Cta& cta) {
   ring_init(cta);
   if (cta.is_producer()) {
     if (cta.produces()) produce(cta);
   } else if (cta.is_finisher()) {
-    Finisher(cta).run();
+    TheFinisher(cta).run();
   } else {
-    Consumer(cta).run();
+    TheConsumer(cta).run();
     cta.consumer_sync();
     if (cta.thread == 0) cta.report();
   }
+}
+
+extern "C" __global__ void __launch_bounds__(num_consumers + 64, 1) decode(const __grid_constant__ StepArgs args) {
+  extern __shared__ __align__(128) u8 dynamic[];
+  __shared__ Shared shared;
+  Cta cta(args, dynamic, shared);
+  run_role<Consumer, Finisher>(cta);
 }

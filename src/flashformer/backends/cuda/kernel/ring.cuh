@@ -20,8 +20,8 @@ struct RingPosition {
   }
 };
 
-// Used by the producing lanes, each for itself. A copy costs its lane a few hundred clocks, in which all memory that this
-// SM can have is one slot: so barriers are known by their addresses, and nothing is asked twice.
+// Used by the producing lanes, each for itself. A copy costs its lane a few hundred clocks, and memory delivers a slot to an
+// SM in 900: so barriers are known by their addresses, and nothing is asked twice.
 struct RingWriter {
   const Cta& cta;
   u32 full, empty, slots;  // addresses of those of slot 0
