@@ -138,8 +138,11 @@ def use(backend: CudaBackend, name: str, kernels: dict[str, Kernel]) -> None:
 
 def kernel(backend: CudaBackend, told: str) -> Kernel:
     """A variant's code, loaded."""
-    plan = backend.plan
-    cubin = variant_cubin(plan, told)
+    return load(backend.plan, variant_cubin(backend.plan, told))
+
+
+def load(plan: Plan, cubin: Cubin) -> Kernel:
+    """A decoder onto the GPU."""
     found = Kernel(cubin, "decode", THREADS, plan.machine.shared_bytes)
     found.require_one_cta_an_sm(plan.machine.num_ctas)
     return found

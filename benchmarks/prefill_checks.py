@@ -115,7 +115,7 @@ def rows_of(matrix: Matrix, image: torch.Tensor) -> torch.Tensor:
     out = torch.empty(shape, dtype=torch.bfloat16, device=image.device)
     unpack(tiles, matrix.weight_format, out)
     if matrix.name == "gate_up":  # a tile holds 8 rows of gate, then 8 of up
-        by_rows = torch.as_tensor(matrix.stored_tiles, device=image.device).argsort()
+        by_rows = torch.as_tensor(matrix.places, device=image.device)
         halves = out.view(len(tiles), 2, TILE_ROWS // 2, -1)[by_rows].transpose(0, 1)
         out = halves.reshape(2, -1, shape[1])[:, : matrix.rows // 2].flatten(0, 1)
     return out[: matrix.rows, : matrix.cols]

@@ -16,16 +16,21 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch
 
+from ablation import load
 from flashformer.backends.base import Int32
+from flashformer.backends.cuda import CudaBackend, cuda_machine
 from flashformer.backends.cuda.compile import Cubin, build_cubin
+from flashformer.backends.cuda.random_image import random_image
 from flashformer.codegen.cuda_header import render_cuda
 from flashformer.model.shapes import SHAPES
-from flashformer.plan.plan import Plan
+from flashformer.model.spec import ModelSpec
+from flashformer.plan.plan import Plan, PlanOptions, make_plan
 from flashformer.serve.benchmark.cases import Case
+from flashformer.serve.benchmark.steps import Steps
 
 TOKENS = 64
-THREADS = 320
 RUNS = 3  # of a variant in a round
 READ_SECONDS = 0.03
 
@@ -90,15 +95,6 @@ def cubin(plan: Plan, variant: Variant) -> Cubin:
 
 def measure(model: Model, variants: list[Variant], rounds: int) -> str:
     """A table of the variants; reads of the memory take turns with them."""
-    import torch
-
-    from flashformer.backends.cuda import CudaBackend, cuda_machine
-    from flashformer.backends.cuda.launch import Kernel
-    from flashformer.backends.cuda.random_image import random_image
-    from flashformer.model.spec import ModelSpec
-    from flashformer.plan.plan import PlanOptions, make_plan
-    from flashformer.serve.benchmark.steps import Steps
-
     spec = ModelSpec.from_hf(SHAPES[model.shape])
     context = model.context + 2 * TOKENS
     plan = make_plan(spec, cuda_machine(spec), PlanOptions(model.body, model.head, context, 1))
@@ -108,9 +104,7 @@ def measure(model: Model, variants: list[Variant], rounds: int) -> str:
     backend = CudaBackend(plan, image, -(-context // plan.machine.page_tokens))
     steps, case = Steps.of(backend), Case("tg", TOKENS, model.context, 1)
     steps.fill([model.context], lambda *_: None)
-    kernels = [Kernel(code, "decode", THREADS, plan.machine.shared_bytes) for code in cubins]
-    for kernel in kernels:
-        kernel.require_one_cta_an_sm(plan.machine.num_ctas)
+    kernels = [load(plan, code) for code in cubins]
     micros: list[list[float]] = [[] for _ in variants]
     tokens: list[Int32] = []
     reads = []

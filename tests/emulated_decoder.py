@@ -17,7 +17,7 @@ from flashformer.backends.cuda.kv_pages import Pages, load_pages
 from flashformer.backends.cuda.memory import past_bytes_per_token
 from flashformer.codegen.cuda_args import CudaStepArgs
 from flashformer.codegen.cuda_header import slot_bytes
-from flashformer.codegen.exchange import exchange, exchange_bytes, padded
+from flashformer.codegen.exchange import exchange_bytes, find_buffer, padded, read_buffer
 from simt_library import simt_library
 
 FIXED_BYTES = 16384  # of shared memory: `Shared` of kernel/cta.cuh has no more
@@ -147,12 +147,5 @@ class EmulatedDecoder:
         return StepResult(found.logits, found.tokens[0])
 
     def exchange_buffer(self, name):
-        at = 0
-        for buffer in exchange(self.plan):
-            if buffer.name == name:
-                break
-            at += buffer.nbytes
-        size = buffer.rows * buffer.width * buffer.element_bytes
-        half = np.float16 if self.plan.options.format == "f16" else ml_dtypes.bfloat16
-        dtype = np.float32 if buffer.element_bytes == 4 else half
-        return self.exchange[at : at + size].view(dtype).reshape(buffer.rows, buffer.width)
+        at, buffer = find_buffer(self.plan, name)
+        return read_buffer(self.plan, buffer, self.exchange[at:])

@@ -135,7 +135,7 @@ class StageOracle:
     def gate_up(self, layer, x, rstd):
         pair = self.normed("gate_up", layer, x, rstd)
         shape = (len(x), -1, 2, TILE_ROWS // 2)
-        by_rows = np.argsort(self.plan.matrix("gate_up", layer).stored_tiles)
+        by_rows = self.plan.matrix("gate_up", layer).places
         exact, bound = pair.exact.reshape(shape)[:, by_rows], pair.bound.reshape(shape)[:, by_rows]
         gate, up = exact[:, :, 0], exact[:, :, 1]
         silu = gate / (1 + np.exp(-gate))

@@ -2,13 +2,18 @@
 
 import ctypes
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from flashformer.backends.cuda.geometry import merges_of, past_of, units_of
 from flashformer.codegen.cuda_args import CudaStepArgs
-from flashformer.codegen.exchange import exchange, exchange_bytes, max_chunks, padded
+from flashformer.codegen.exchange import (
+    exchange_bytes,
+    find_buffer,
+    max_chunks,
+    padded,
+    read_buffer,
+)
 from simt_library import simt_library
 from specs import layer_spec
 from test_cuda_program import small_plan
@@ -64,14 +69,9 @@ def merge(library, plan, positions, partials):
     for row, position in enumerate(positions):
         args.positions[row] = args.bases[row] = position
     library.merge(ctypes.byref(args), partials.ctypes.data_as(ctypes.c_void_p))
-    at = 0
-    for part in exchange(plan):
-        if part.name == "attention":
-            break
-        at += part.nbytes
-    values = buffer[at : at + part.rows * part.width * 2].view(ml_dtypes.bfloat16)
+    at, part = find_buffer(plan, "attention")
     width = plan.spec.layers[0].q_rows
-    return values.reshape(part.rows, part.width)[:, :width].astype(np.float64)
+    return read_buffer(plan, part, buffer[at:])[:, :width].astype(np.float64)
 
 
 def test_every_head_of_several_chunks_is_merged_once():

@@ -101,7 +101,7 @@ def test_biases_follow_tiles_that_are_not_in_row_order():
     found = read_vector(packed(plan, weights), plan.vector("gate_up_bias", 0)).reshape(-1, 2, 8)
     matrix = plan.matrix("gate_up", 0)
     assert matrix.late > 0
-    by_rows = found[np.argsort(matrix.stored_tiles)]
+    by_rows = found[matrix.places]
     for part, role in enumerate(("gate_bias", "up_bias")):
         expected = weights.tensor(role, 0).astype(np.float32)
         assert np.array_equal(by_rows[:, part].reshape(-1)[: len(expected)], expected)

@@ -148,7 +148,7 @@ class ReferenceBackend:
     def _gate_up(self, layer: int, batch: StepBatch, buffers: Buffers) -> None:
         x = self._norm(buffers["hidden"], "post_attention_layernorm", layer)
         pairs = self._project("gate_up", layer, x).reshape(len(x), -1, 2, TILE_ROWS // 2)
-        by_rows = np.argsort(self._plan.matrix("gate_up", layer).stored_tiles)
+        by_rows = self._plan.matrix("gate_up", layer).places
         activated = (silu(pairs[:, :, 0]) * pairs[:, :, 1])[:, by_rows].reshape(len(x), -1)
         buffers["activated"] = activated[:, : self._plan.spec.layers[layer].intermediate_size]
 

@@ -4,6 +4,11 @@ kernel/exchange.cuh lays them out the same way; the tests read them back by thes
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 
 from flashformer.model.spec import LayerSpec
 from flashformer.plan.plan import Plan
@@ -47,6 +52,24 @@ def exchange(plan: Plan) -> tuple[Buffer, ...]:
         Buffer("residual_mlp", rows, travelling, 4, 0),
         Buffer("partial", partials, 2 * (2 + padded(layer.head_dim)), 4, 0),  # value, epoch, ...
     )
+
+
+def find_buffer(plan: Plan, name: str) -> tuple[int, Buffer]:
+    """Where a buffer begins, in bytes, and what it is."""
+    at = 0
+    for buffer in exchange(plan):
+        if buffer.name == name:
+            return at, buffer
+        at += buffer.nbytes
+    raise KeyError(name)
+
+
+def read_buffer(plan: Plan, buffer: Buffer, stored: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """The elements of a buffer, [rows, width], in the bytes from its begin on."""
+    half = np.float16 if plan.options.format == "f16" else ml_dtypes.bfloat16
+    dtype = np.float32 if buffer.element_bytes == 4 else half
+    shape = buffer.rows, buffer.width
+    return stored[: buffer.rows * buffer.width * buffer.element_bytes].view(dtype).reshape(shape)
 
 
 def residual_travels(plan: Plan) -> bool:

@@ -94,7 +94,7 @@ def unpack(plan: Plan, image: Image, matrix: Matrix) -> Float32:
     tiled = unpack_tiles(plan, image, matrix, 0, matrix.num_tiles)
     if matrix.name == "gate_up":
         halves = tiled.reshape(matrix.num_tiles, 2, TILE_ROWS // 2, matrix.cols)
-        halves = halves[np.argsort(matrix.stored_tiles)]
+        halves = halves[matrix.places]
         gate, up = (halves[:, i].reshape(-1, matrix.cols)[: matrix.rows // 2] for i in (0, 1))
         return np.concatenate([gate, up])
     return tiled[: matrix.rows]

@@ -71,6 +71,11 @@ class Matrix:
         return stored_tiles(self.first_tile, self.late)
 
     @property
+    def places(self) -> Tiles:
+        """At which place every tile, counted by rows, lies: the inverse of `stored_tiles`."""
+        return np.argsort(self.stored_tiles)
+
+    @property
     def tile_bytes(self) -> int:
         """Bytes of one tile."""
         return self.weight_format.tile_bytes(self.cols)

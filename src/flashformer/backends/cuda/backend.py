@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,7 +23,7 @@ from flashformer.backends.cuda.prefill import Prefill
 from flashformer.backends.cuda.watchdog import describe
 from flashformer.codegen.cuda_args import MAX_STOP_IDS, CudaStepArgs
 from flashformer.codegen.cuda_header import slot_bytes
-from flashformer.codegen.exchange import exchange, exchange_bytes
+from flashformer.codegen.exchange import exchange_bytes, find_buffer, read_buffer
 from flashformer.codegen.instruments import NONE, TRACKS, Instruments
 from flashformer.errors import FlashFormerError, OutOfMemoryError
 from flashformer.plan.pack import Progress
@@ -191,9 +190,7 @@ class CudaBackend:
 
     def launch(self, rows: Sequence[DecodeRow], page_table: Int32, num_steps: int) -> Flight:
         """Start drawing `num_steps` tokens of each row; see `DecodesMany`."""
-        self._land()
-        firm, self._in_vain = self._in_vain, False
-        return self._depart(rows, page_table, num_steps, firm=firm)
+        return self._depart(rows, page_table, num_steps)
 
     def token_times(
         self, rows: Sequence[DecodeRow], page_table: Int32, num_steps: int
@@ -209,9 +206,8 @@ class CudaBackend:
         *,
         stop_after: int = 0,
         keep: bool = False,
-        firm: bool = False,
     ) -> Flight:
-        """Launch; `keep` the last step's logits, draw a `firm` first token in any case."""
+        """Launch; with `keep` the logits of the last step stay in `logits`."""
         self._land()
         self._upload(page_table)
         flight = Flight(num_steps, self._plan.machine.max_rows, len(rows))
@@ -219,7 +215,8 @@ class CudaBackend:
         args.out_tokens, args.stop = flight.ring.data_ptr(), flight.stop_word.data_ptr()
         args.trace = self.trace.data_ptr()
         args.num_steps, args.stop_after = num_steps, stop_after
-        args.firm_steps = int(firm)
+        args.firm_steps = int(self._in_vain and not keep)
+        self._in_vain &= keep
         args.max_pages = page_table.shape[1]
         args.kept_rows = (1 << len(rows)) - 1 if keep else 0
         for i, row in enumerate(rows):
@@ -310,16 +307,9 @@ class CudaBackend:
 
     def exchange_buffer(self, name: str) -> npt.NDArray[Any]:
         """What the last launch left in a buffer of `codegen.exchange`: [rows, width]."""
-        at = 0
-        for buffer in exchange(self._plan):
-            if buffer.name == name:
-                break
-            at += buffer.nbytes
-        size = buffer.rows * buffer.width * buffer.element_bytes
-        found = self._exchange[at : at + size].cpu().numpy()
-        half = np.float16 if self._plan.options.format == "f16" else ml_dtypes.bfloat16
-        dtype = np.float32 if buffer.element_bytes == 4 else half
-        return found.view(dtype).reshape(buffer.rows, buffer.width)
+        at, buffer = find_buffer(self._plan, name)
+        stored = self._exchange[at : at + buffer.nbytes].cpu().numpy()
+        return read_buffer(self._plan, buffer, stored)
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""

@@ -47,6 +47,7 @@ __device__ __forceinline__ float await_dated(const Cta& cta, u64 dated, const vo
   return __uint_as_float(static_cast<u32>(dated));
 }
 
+// Two neighbouring dated values.
 __device__ __forceinline__ bool both_arrived(const Vec16& pair, u32 epoch) {
   return pair.w[1] == epoch && pair.w[3] == epoch;
 }
